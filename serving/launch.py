@@ -1,0 +1,234 @@
+"""From config, target and head to a vLLM command line and environment. Pure: nothing is started here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.flags import ServerFlags
+from specdec.config import ServeConfig, TargetConfig
+from specdec.device import Device, preload_value
+from specdec.manifest import HeadManifest
+from specdec.targets import Target
+
+# The server's entry point as `vllm serve` runs it, without importing the other subcommands first.
+ENTRY_MODULE = "vllm.entrypoints.openai.api_server"
+
+# On CPU a prompt is prefilled in one step (see _cpu_flags), and vLLM sizes its buffers, and its compile warm-up,
+# for the largest step: a longer default would cost every start for prompts that few CPU users send.
+CPU_DEFAULT_MODEL_LEN = 4096
+KV_BLOCK_TOKENS = 128  # vLLM's KV block on CPU
+NO_HEAD = "speculation needs a draft head: pass --head DIR, or --no-speculation to serve the target alone"
+DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerPlan:
+    """One vLLM server, ready to be started."""
+
+    argv: list[str]
+    env: dict[str, str]  # what is added to this process's environment
+    url: str  # where a client on this machine reaches it
+    host: str
+    port: int
+    served_model_name: str
+    target: str
+    head: str | None  # None: plain decode
+    num_speculative_tokens: int  # K; 0: plain decode
+    dtype: str
+
+
+@dataclass(kw_only=True, slots=True)
+class _Flags:
+    """Our flags in order; one that the user set is left out, so that theirs stands alone."""
+
+    user: ServerFlags
+    argv: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: object = None) -> None:
+        if name not in self.user:
+            self.argv += [name] if value is None else [name, str(value)]
+
+
+def plan_server(
+    target: Target,
+    serve: ServeConfig,
+    target_config: TargetConfig,
+    device: Device,
+    head_dir: Path | None,
+    manifest: HeadManifest | None,
+    extra_args: list[str],
+    environ: Mapping[str, str] | None = None,
+) -> ServerPlan:
+    """Decide how the target, and the head unless ``serve.speculation`` is off, are served.
+
+    ``extra_args`` are vLLM's own flags; they win over what is decided here. ``environ`` is the environment that
+    the server will inherit (default: this process's).
+
+    Raises:
+        ValueError: speculation without a head, more draft tokens than the head was trained for, a length that
+            the target cannot hold, or flags that contradict each other. The message says what to change.
+    """
+    environ = os.environ if environ is None else environ
+    user = ServerFlags(extra_args)
+    speculative = _speculative_config(serve, head_dir, manifest, user)
+    num_draft_tokens = int(speculative["num_speculative_tokens"]) if speculative else 0
+    dtype = user.get("--dtype") or _dtype(target_config, device)
+    host = user.get("--host") or serve.host
+    port = user.get_int("--port") or serve.port
+    name = user.get("--served-model-name") or target.name
+
+    flags = _Flags(user=user)
+    flags.add("--model", target.path)
+    flags.add("--served-model-name", name)
+    flags.add("--host", host)
+    flags.add("--port", port)
+    if dtype != "auto":
+        flags.add("--dtype", dtype)
+    flags.add("--max-num-seqs", serve.max_num_seqs)
+    max_model_len = _max_model_len(target, serve, device, dtype, user)
+    if max_model_len is not None:
+        flags.add("--max-model-len", max_model_len)
+    if device.kind == "cpu":
+        _add_cpu_flags(flags, user.get_int("--max-num-seqs") or serve.max_num_seqs, max_model_len, num_draft_tokens)
+    if serve.enforce_eager:
+        flags.add("--enforce-eager")
+    if speculative:
+        flags.add("--speculative-config", json.dumps(speculative))
+    return ServerPlan(
+        argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
+        env=_environment(serve, device, user, environ),
+        url=f"http://{_client_host(host)}:{port}",
+        host=host,
+        port=port,
+        served_model_name=name,
+        target=target.name,
+        head=_head_name(speculative, head_dir, manifest),
+        num_speculative_tokens=num_draft_tokens,
+        dtype=dtype if dtype != "auto" else str(target.config.get("dtype") or target.config.get("torch_dtype", dtype)),
+    )
+
+
+def _speculative_config(
+    serve: ServeConfig, head_dir: Path | None, manifest: HeadManifest | None, user: ServerFlags
+) -> dict[str, Any] | None:
+    if "--speculative-config" in user:
+        text = user.get("--speculative-config")
+        try:
+            given = json.loads(text or "")
+            return {"num_speculative_tokens": 0, **given}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--speculative-config after -- must be one JSON object, got {text!r}") from error
+    if not serve.speculation:
+        return None
+    if head_dir is None or manifest is None:
+        raise ValueError(NO_HEAD)
+    trained = manifest.num_speculative_tokens
+    num_draft_tokens = trained if serve.num_speculative_tokens is None else serve.num_speculative_tokens
+    if num_draft_tokens < 1:
+        raise ValueError(
+            f"num_speculative_tokens must be at least 1, got {num_draft_tokens}; to serve plain pass --no-speculation"
+        )
+    if num_draft_tokens > trained:
+        raise ValueError(
+            f"num_speculative_tokens is {num_draft_tokens} but head {head_dir} was trained for {trained}: "
+            f"serve it with at most {trained}, or train a head for more"
+        )
+    return {
+        "method": manifest.vllm_method,
+        "model": str(Path(head_dir).resolve()),
+        "num_speculative_tokens": num_draft_tokens,
+    }
+
+
+def _head_name(speculative: dict[str, Any] | None, head_dir: Path | None, manifest: HeadManifest | None) -> str | None:
+    if speculative is None:
+        return None
+    if manifest is not None and head_dir is not None and speculative.get("model") == str(Path(head_dir).resolve()):
+        return manifest.head
+    return str(speculative.get("method") or speculative.get("model"))
+
+
+def _dtype(target_config: TargetConfig, device: Device) -> str:
+    if target_config.dtype != "auto" or device.kind == "cuda":
+        return target_config.dtype
+    return device.dtype
+
+
+def _max_model_len(
+    target: Target, serve: ServeConfig, device: Device, dtype: str, user: ServerFlags
+) -> int | str | None:
+    """Longest prompt plus answer, in tokens; ``auto`` lets vLLM fit it to the GPU's memory."""
+    if "--max-model-len" in user:
+        return user.get_int("--max-model-len")
+    longest = target.max_position_embeddings
+    if serve.max_model_len is not None:
+        if not 1 <= serve.max_model_len <= longest:
+            raise ValueError(
+                f"max_model_len is {serve.max_model_len}; target {target.name} takes 1 to {longest} tokens"
+            )
+        return serve.max_model_len
+    if device.kind != "cpu":
+        return "auto"
+    # A block is kept back for the head's layer, which shares the KV space.
+    room = serve.kv_cache_gib * 2**30 // _kv_bytes_per_token(target, dtype) - KV_BLOCK_TOKENS
+    if room < KV_BLOCK_TOKENS:
+        raise ValueError(f"kv_cache_gib={serve.kv_cache_gib} holds no request of target {target.name}: raise it")
+    return min(longest, CPU_DEFAULT_MODEL_LEN, room // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS)
+
+
+def _kv_bytes_per_token(target: Target, dtype: str) -> int:
+    config = target.config
+    num_heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // num_heads)
+    num_layers = int(config["num_hidden_layers"]) + 1  # one layer of a draft head
+    return 2 * num_layers * int(config.get("num_key_value_heads") or num_heads) * head_dim * DTYPE_BYTES.get(dtype, 4)
+
+
+def _add_cpu_flags(flags: _Flags, max_num_seqs: int, max_model_len: int | str | None, num_draft_tokens: int) -> None:
+    # In vLLM 0.32 a request with a seed whose prompt is prefilled in chunks kills the engine on CPU: after each
+    # partial chunk the runner rewinds the request's generator, and CPU generators have no offset. One step per
+    # prompt removes the cause; clients need not know. The step must then hold the longest prompt beside the
+    # tokens of all running requests, or such a prompt would wait for an idle server.
+    if "--enable-chunked-prefill" in flags.user:
+        return
+    flags.add("--no-enable-chunked-prefill")
+    if isinstance(max_model_len, int):
+        flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
+
+
+def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ: Mapping[str, str]) -> dict[str, str]:
+    if device.kind != "cpu":
+        return {}
+    env = {"VLLM_CPU_KVCACHE_SPACE": str(serve.kv_cache_gib)}
+    preload = preload_value(environ.get("LD_PRELOAD", ""))
+    if preload:
+        env["LD_PRELOAD"] = preload
+    bind = serve.threads_bind
+    # vLLM's own "auto" keeps a core back and skips hyperthreads; all cores measured faster. With several ranks
+    # the cores must be dealt out by NUMA node, which vLLM does itself.
+    if bind == "auto" and (user.get_int("--tensor-parallel-size") or 1) == 1:
+        bind = environ.get("VLLM_CPU_OMP_THREADS_BIND") or core_ranges(device.core_ids)
+    env["VLLM_CPU_OMP_THREADS_BIND"] = bind
+    return env
+
+
+def core_ranges(core_ids: tuple[int, ...]) -> str:
+    """Core ids in the short form that vLLM reads: (0, 1, 2, 5) gives ``0-2,5``."""
+    spans: list[list[int]] = []
+    for core in sorted(core_ids):
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _client_host(host: str) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reachable}]" if ":" in reachable else reachable
