@@ -32,6 +32,8 @@ class AcceptanceCounts:
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
         """Add one draft of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
+        if not 0 <= num_accepted <= num_drafted:
+            raise ValueError(f"{num_accepted} accepted of {num_drafted} drafted tokens")
         missing = num_drafted - len(self.num_drafted_per_pos)
         self.num_drafted_per_pos += [0] * missing
         self.num_accepted_per_pos += [0] * missing
@@ -111,3 +113,27 @@ def bootstrap_ci95(
     rng = random.Random(seed)
     draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(resamples))
     return draws[int(0.025 * resamples)], draws[int(0.975 * resamples) - 1]
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Linear-interpolation percentile, ``percent`` in [0, 100]; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    rank = percent / 100 * (len(ordered) - 1)
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (rank - low) * (ordered[high] - ordered[low])
+
+
+def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first token in which two outputs differ (also where one ends early); None when identical."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def tokens_per_sec(num_tokens: int, busy_sec: float) -> float | None:
+    """Output tokens per second of the time in which requests were in flight; None without such time."""
+    return num_tokens / busy_sec if busy_sec > 0 else None
