@@ -46,7 +46,8 @@ lint: .venv/.installed
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 
-lock: .venv/.installed
+lock: # any pip will do: the present lock need not install
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	@.venv/bin/python .ci/lock.py
 	@echo "$(LOCK) is written; the next make installs it"
 
@@ -67,8 +68,8 @@ clean:
 	  { echo "specdec needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "making .venv with $(LOCK): about 190 packages, once (a few minutes)"
 	@$(PYTHON) -m venv --clear .venv
-	@$(PIP) --progress-bar off --log .venv/install.log -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | \
-	  awk '/^Collecting/ && ++n % 25 == 0 { print "  fetched " n; fflush() } /^Installing/ { print "  unpacking"; fflush() }' || \
+	@$(PIP) --no-compile --progress-bar off --log .venv/install.log -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | \
+	  awk '/^(Collecting|Processing)/ && ++n % 25 == 0 { print "  fetched " n; fflush() } /^Installing/ { print "  unpacking"; fflush() }' || \
 	  { if grep -q 'No matching distribution found for torch=' .venv/install.log; then \
 	      echo "pip cannot find PyTorch's CPU build: name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL and run make again" >&2; \
 	    fi; exit 1; }

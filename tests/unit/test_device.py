@@ -1,0 +1,57 @@
+"""The device without torch: dtype by instruction set, and the libraries to preload."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from specdec import device
+from specdec.device import Device, detect_device, preload_value
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"avx512f", "avx512_bf16"}, "bfloat16"),
+        ({"amx_bf16"}, "bfloat16"),
+        ({"asimd", "bf16"}, "bfloat16"),
+        ({"avx2", "avx512f"}, "float32"),
+        (set(), "float32"),
+    ],
+)
+def test_cpu_dtype_follows_its_instructions(monkeypatch, flags, dtype):
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device, "cpu_flags", lambda: flags)
+    found = detect_device()
+    assert (found.kind, found.dtype) == ("cpu", dtype)
+    assert found.core_ids == tuple(sorted(found.core_ids))
+    assert found.core_ids
+
+
+def test_driver_tool_alone_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert detect_device().kind == "cpu"
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    assert detect_device() == Device(kind="cuda", core_ids=detect_device().core_ids, native_bf16=True)
+
+
+def test_openmp_is_this_environments(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert device.find_openmp() is None
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    assert device.find_openmp() == library
+
+
+def test_preload_puts_ours_first_and_names_nothing_twice(monkeypatch):
+    monkeypatch.setattr(device, "find_openmp", lambda: Path("/env/lib/libiomp5.so"))
+    monkeypatch.setattr(device, "find_tcmalloc", lambda: None)
+    assert preload_value() == "/env/lib/libiomp5.so"
+    assert preload_value("/other/libiomp5.so:/my/lib.so") == "/env/lib/libiomp5.so:/my/lib.so"
+    assert preload_value(preload_value("/my/lib.so")) == preload_value("/my/lib.so")
+    monkeypatch.setattr(device, "find_openmp", lambda: None)
+    assert preload_value("/my/lib.so") == "/my/lib.so"
