@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Device:
 
 def detect_device() -> Device:
     """CUDA when the NVIDIA driver is there, else this CPU."""
-    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = tuple(sorted(allowed))
     if shutil.which("nvidia-smi") and Path("/dev/nvidiactl").exists():
         return Device(kind="cuda", core_ids=cores, native_bf16=True)
     return Device(kind="cpu", core_ids=cores, native_bf16=bool(cpu_flags() & set(NATIVE_BF16_FLAGS)))
@@ -56,7 +58,8 @@ def find_openmp() -> Path | None:
 def find_tcmalloc() -> Path | None:
     """A tcmalloc of the system or of the vLLM wheel."""
     patterns = [
-        (Path("/usr/lib"), "**/libtcmalloc_minimal.so.4"),
+        (Path("/usr"), "lib*/libtcmalloc_minimal.so.4"),
+        (Path("/usr/lib"), "*-linux-gnu/libtcmalloc_minimal.so.4"),
         (Path(sys.prefix, "lib"), "python*/site-packages/vllm/libs/libtcmalloc*.so*"),
     ]
     return next((hit for root, pattern in patterns for hit in sorted(root.glob(pattern))), None)
@@ -67,3 +70,21 @@ def preload_value(existing: str = "") -> str:
     wanted = [str(lib) for lib in (find_tcmalloc(), find_openmp()) if lib is not None]
     kept = [entry for entry in existing.split(":") if entry and Path(entry).name not in {Path(w).name for w in wanted}]
     return ":".join(wanted + kept)
+
+
+def vllm_environment(
+    device: Device, existing: Mapping[str, str], threads_bind: str = "auto", kv_cache_gib: int = 2
+) -> dict[str, str]:
+    """Environment variables for a vLLM process on ``device``; what ``existing`` already sets is kept.
+
+    vLLM's own thread binding keeps one core back; on few cores that core is worth more in the matrix products.
+    """
+    if device.kind != "cpu":
+        return {}
+    wanted = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, device.core_ids)) if threads_bind == "auto" else threads_bind,
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+    }
+    environment = {name: existing.get(name, value) for name, value in wanted.items()}
+    environment["LD_PRELOAD"] = preload_value(existing.get("LD_PRELOAD", ""))
+    return environment
