@@ -1,0 +1,113 @@
+"""Draft architectures: one folder each, found by its name. The seam between a head and everything else.
+
+A folder holds ``HEAD: HeadSpec`` in its ``__init__.py`` (torch-free), its model, loss, export and its own test.
+The trainer, selection and the reference decoder know the ``DraftHead`` protocol and no architecture's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from draft_training.features import TargetModel
+
+
+@dataclass(kw_only=True, slots=True)
+class FeatureBatch:
+    """A right-padded batch of rows with the target's features. B rows, T tokens, H target width, A aux layers.
+
+    Index t holds token t and what the target computed on reading it: its distribution there is over token t + 1.
+    """
+
+    input_ids_BT: Tensor  # int64
+    loss_mask_BT: Tensor  # bool, True on completion tokens
+    lengths_B: Tensor  # int64
+    aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending
+    final_hidden_BTH: Tensor  # after the target's final norm
+    logsumexp_BT: Tensor  # float32, over the full vocabulary
+    argmax_BT: Tensor  # int64, the target's greedy choice for token t + 1
+
+
+@dataclass(kw_only=True, slots=True)
+class LossOutput:
+    """One batch's loss, and counts to be summed before dividing."""
+
+    loss: Tensor
+    num_targets: list[int]  # supervised anchors at each draft position
+    num_correct: list[int]  # of these, how often the head's argmax was the target's (out of vocabulary = wrong)
+
+
+class DraftHead(Protocol):
+    """What a head's ``torch.nn.Module`` offers."""
+
+    aux_layer_ids: list[int]
+    num_speculative_tokens: int
+    draft_vocab_size: int
+
+    def parameters(self) -> Any: ...
+
+    def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
+        """Training loss of all draft positions."""
+        ...
+
+    def draft_along(self, batch: FeatureBatch) -> Tensor:
+        """[B, T, K] target-vocabulary ids: position j of anchor t is drafted for token t + 2 + j,
+        given the row's own tokens up to t + 1 + j (exact wherever the earlier drafts were accepted)."""
+        ...
+
+    def propose(self, aux_hidden_TAH: Tensor, input_ids: Tensor) -> list[int]:
+        """Draft K tokens after ``input_ids`` [T + 1] from the features of its first T tokens, on the head's own
+        drafts: the way the server does it."""
+        ...
+
+    def parameter_groups(self, learning_rate: float, lm_head_lr_scale: float, weight_decay: float) -> list[dict]:
+        """Optimiser groups."""
+        ...
+
+    def export(self, directory: Path, dtype: torch.dtype) -> None:
+        """Write ``config.json`` and ``model.safetensors`` as vLLM loads them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSpec:
+    """What one architecture folder offers, readable without torch."""
+
+    name: str
+    vllm_method: str
+    paper: str
+    options_cls: type  # keyword-only dataclass: this head's knobs
+    builder: str  # "module:function"
+
+    def aux_layer_ids(self, options: Any, num_hidden_layers: int) -> list[int]:
+        """The target layers to tap, ascending; id k is the residual stream after k layers."""
+        return options.resolve_aux_layer_ids(num_hidden_layers)
+
+    def build(self, target: TargetModel, draft_token_ids: Tensor, options: Any, num_speculative_tokens: int) -> Any:
+        """A new head for ``target``; ``draft_token_ids`` are the target ids it may draft, ascending."""
+        module, _, function = self.builder.partition(":")
+        build: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return build(target, draft_token_ids, options, num_speculative_tokens)
+
+
+def list_heads() -> list[str]:
+    """Names of the architecture folders."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/__init__.py"))
+
+
+def load_head(name: str) -> HeadSpec:
+    """The named architecture.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if name not in list_heads():
+        raise ValueError(f"unknown head {name!r}; known: {', '.join(list_heads())}")
+    return importlib.import_module(f"draft_training.heads.{name}").HEAD

@@ -1,0 +1,184 @@
+"""``specdec train``: rows -> features -> trained head -> a directory that vLLM loads, with its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from draft_training.heads import HeadSpec, load_head
+from draft_training.interrupt import Interrupted
+from draft_training.prepare import CARD_NAME, load_rows, prepare
+from specdec.config import RunConfig, dump_yaml, from_dict
+from specdec.device import Device, detect_device
+from specdec.manifest import HeadManifest
+from specdec.metrics import AcceptanceCounts
+from specdec.record import provenance, text_sha256
+from specdec.targets import Target, resolve_target
+from specdec.traces import TokenRow
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, source: Path | None, out_dir: Path) -> HeadManifest:
+    """Train ``config.head`` for ``config.target`` and export it to ``out_dir``.
+
+    ``source`` is a trace file, or a directory of rows that ``prepare`` made; None: rows of ``config.traces``.
+    Running it again continues an interrupted run, and returns at once when the run is complete.
+
+    Raises:
+        ValueError: bad input or settings, or an ``out_dir`` of another run.
+        Interrupted: stopped by a signal; the same command resumes.
+    """
+    spec = load_head(config.head.name)
+    options = from_dict(spec.options_cls, config.head.options, "head.options.")
+    target = resolve_target(config.target)
+    aux_layer_ids = spec.aux_layer_ids(options, int(target.config["num_hidden_layers"]))
+    rows_dir = _rows_directory(config, source, out_dir)
+    card = json.loads((rows_dir / CARD_NAME).read_text())
+    if card["settings"]["target"] != dataclasses.asdict(target.fingerprint()):
+        raise ValueError(f"{rows_dir} holds rows of another target; make rows for {target.name} with `specdec prepare`")
+    identity = _identity(config, card, target)
+    finished = _finished(out_dir, identity)
+    if finished is not None:
+        logger.info("%s is complete", out_dir)
+        return finished
+    splits = {name: load_rows(rows_dir / name) for name in ("train", "val")}
+    return _train_rows(config, spec, options, target, aux_layer_ids, splits, card["on_policy"], identity, out_dir)
+
+
+def _rows_directory(config: RunConfig, source: Path | None, out_dir: Path) -> Path:
+    if source is not None and source.is_dir():
+        if not (source / CARD_NAME).is_file():
+            raise ValueError(f"{source} holds no {CARD_NAME}: not a finished `specdec prepare` directory; run that first")
+        return source
+    if source is not None:
+        config.traces.files = [str(source)]
+    rows_dir = out_dir / "rows"
+    prepare(config, rows_dir)
+    return rows_dir
+
+
+def _identity(config: RunConfig, card: dict[str, Any], target: Target) -> str:
+    hashes = [card["splits"][name]["input_ids_sha256"] for name in ("train", "val")]
+    facts = [config.head, config.train]
+    return text_sha256(*hashes, *map(dump_yaml, facts), json.dumps(dataclasses.asdict(target.fingerprint())))
+
+
+def _finished(out_dir: Path, identity: str) -> HeadManifest | None:
+    try:
+        manifest = HeadManifest.load(out_dir)
+    except ValueError:
+        return None
+    if manifest.provenance.get("identity") != identity:
+        raise ValueError(f"{out_dir} holds a head of other settings or rows; pass another --out")
+    return manifest
+
+
+def choose_draft_tokens(rows: list[TokenRow], vocab_size: int, draft_vocab_size: int) -> list[int]:
+    """Ascending target ids that the head may draft: the most frequent completion tokens of ``rows``.
+
+    Room left over goes to the lowest ids: a BPE vocabulary is ordered by how often its merges occurred.
+    """
+    counts = Counter(token for row in rows for token in row.input_ids[row.prompt_span[1] :])
+    chosen = dict.fromkeys(token for token, _ in counts.most_common(draft_vocab_size))
+    for token in range(vocab_size):
+        if len(chosen) >= min(draft_vocab_size, vocab_size):
+            break
+        chosen.setdefault(token)
+    return sorted(chosen)
+
+
+def _train_rows(
+    config: RunConfig,
+    spec: HeadSpec,
+    options: Any,
+    target: Target,
+    aux_layer_ids: list[int],
+    splits: dict[str, list[TokenRow]],
+    on_policy: bool,
+    identity: str,
+    out_dir: Path,
+) -> HeadManifest:
+    import torch
+
+    from draft_training.features import FeatureStore, TargetModel
+    from draft_training.trainer import Trainer
+
+    device = detect_device()
+    dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
+    torch.manual_seed(config.train.seed)
+    target_model = TargetModel.load(target, dtype, device)
+    max_bytes = int(config.train.feature_cache_gib * 2**30)
+    stores = {name: FeatureStore(target_model, rows, aux_layer_ids, max_bytes) for name, rows in splits.items()}
+    stores["val"].max_bytes = max_bytes // 4
+    started = time.monotonic()
+    for name, store in stores.items():
+        store.fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
+    feature_sec = time.monotonic() - started
+    vocab_size = int(target.config["vocab_size"])
+    draft_ids = choose_draft_tokens(splits["train"], vocab_size, options.draft_vocab_size)
+    head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
+    head.to(target_model.device)
+    trainer = Trainer(
+        head=head, train_store=stores["train"], val_store=stores["val"], config=config.train,
+        precision=_precision(config, device), on_policy=on_policy, work_dir=out_dir / "work", identity=identity,
+    )
+    trainer.run()
+    export_dtype = torch.bfloat16
+    with torch.no_grad():  # what is measured and reported is the exported head, rounding included
+        for parameter in head.parameters():
+            parameter.copy_(parameter.to(export_dtype).float())
+    from draft_training.selection import held_out_acceptance
+
+    acceptance = held_out_acceptance(head, stores["val"], on_policy, config.train.batch_tokens)
+    head.export(out_dir, export_dtype)
+    state = trainer.state
+    tokens = sum(len(row.input_ids) for row in splits["train"] + splits["val"])
+    manifest = HeadManifest(
+        head=spec.name,
+        vllm_method=spec.vllm_method,
+        num_speculative_tokens=config.head.num_speculative_tokens,
+        target_name=target.name,
+        target=target.fingerprint(),
+        draft_vocab_size=len(draft_ids),
+        acceptance={
+            **_figures(acceptance.total),
+            "by_span": {name: _figures(counts) for name, counts in acceptance.by_span.items()},
+            "on_policy": on_policy,
+        },
+        acceptance_by_prompt=acceptance.accepted_by_conversation,
+        provenance=provenance(
+            identity=identity,
+            config=dataclasses.asdict(config),
+            best_step=state.best_step,
+            history=state.history,
+            train_tok_per_sec=state.num_tokens / state.train_sec if state.train_sec else None,
+            train_sec=state.train_sec,
+            feature_tok_per_sec=tokens / feature_sec,
+            feature_sec=feature_sec,
+        ),
+    )
+    manifest.save(out_dir)  # last: its presence says that the head is complete
+    return manifest
+
+
+def _precision(config: RunConfig, device: Device) -> str:
+    if config.train.precision == "auto":
+        return "bf16" if device.native_bf16 else "fp32"
+    if config.train.precision not in ("bf16", "fp32"):
+        raise ValueError(f"train.precision must be auto, bf16 or fp32, got {config.train.precision!r}")
+    return config.train.precision
+
+
+def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(counts),
+        "acceptance_length": counts.acceptance_length,
+        "acceptance_rate": counts.acceptance_rate,
+        "per_position_rates": counts.per_position_rates,
+    }

@@ -1,0 +1,202 @@
+"""The command line: parse, load the config, call one function. Logs go to stderr, data to stdout.
+
+A user's mistake ends in one line that says what to do and exit code 2; stages are imported when they run.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from specdec.config import RunConfig
+
+app = typer.Typer(
+    name="specdec",
+    help="Make your reasoning model decode faster, losslessly, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Target = Annotated[
+    str | None, typer.Option("--target", help="Embedded name (smollm2-135m), local directory or Hugging Face id.")
+]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write to.")]
+HeadDir = Annotated[Path | None, typer.Option("--head", help="Head directory made by `specdec train`.")]
+
+
+def _load(config: Path | None, overrides: list[str] | None, target: str | None) -> RunConfig:
+    from specdec.config import load_config
+
+    run = load_config(config, overrides)
+    if target is not None:
+        run.target.name = target
+    return run
+
+
+def _echo_json(tree: dict[str, Any]) -> None:
+    typer.echo(json.dumps(tree))
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, device and threads, and what is missing for best speed."""
+    from specdec import environment
+
+    report = environment.report()
+    if as_json:
+        _echo_json(report)
+    else:
+        typer.echo(environment.render(report))
+
+
+@app.command()
+def prepare(
+    out: Out,
+    target: Target = None,
+    traces: Annotated[list[Path] | None, typer.Option(help="Existing reasoning traces (JSONL); may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts for the target to answer (JSONL or text).")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make token-exact training rows: from traces, or by letting the target answer prompts."""
+    from draft_training.prepare import prepare as run_prepare
+
+    run = _load(config, overrides, target)
+    if traces:
+        run.traces.files = [str(path) for path in traces]
+    if prompts:
+        run.traces.prompts = str(prompts)
+    card = run_prepare(run, out)
+    _echo_json({"rows": str(out), "splits": card["splits"], "dropped": card["dropped"]})
+
+
+@app.command()
+def train(
+    out: Out,
+    target: Target = None,
+    traces: Annotated[Path | None, typer.Option(help="Trace file (JSONL) or a `specdec prepare` directory.")] = None,
+    head: Annotated[str | None, typer.Option("--head", help="Draft architecture, e.g. eagle3.")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a draft head and export it as vLLM loads it. The same command continues an interrupted run."""
+    from draft_training.interrupt import Interrupted
+    from draft_training.train import train as run_train
+
+    run = _load(config, overrides, target)
+    if head is not None:
+        run.head.name = head
+    try:
+        manifest = run_train(run, traces, out)
+    except Interrupted:
+        typer.echo(f"error: interrupted; the checkpoint is in {out}: run the same command to continue", err=True)
+        raise typer.Exit(2) from None
+    figures = ("acceptance_length", "acceptance_rate", "per_position_rates")
+    _echo_json({"head": str(out), **{name: manifest.acceptance[name] for name in figures}})
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    target: Target = None,
+    head: HeadDir = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (default 8000).")] = None,
+    no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Serve plain decode.")] = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve the target with the head on vLLM's OpenAI API. Anything after -- goes to vLLM."""
+    from serving.serve import serve as run_serve
+
+    run = _load(config, overrides, target)
+    run.serve.host = host or run.serve.host
+    run.serve.port = port or run.serve.port
+    run.serve.speculation = run.serve.speculation and not no_speculation
+    raise typer.Exit(run_serve(run, head, _vllm_arguments(context.args)))
+
+
+def _vllm_arguments(arguments: list[str]) -> list[str]:
+    """What followed ``--`` on the command line.
+
+    Raises:
+        ValueError: an unknown option in front of it, which is a typing error rather than vLLM's business.
+    """
+    after = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    before = arguments[: len(arguments) - len(after)]
+    if before:
+        raise ValueError(f"unknown option {before[0]}; see `specdec serve --help`, and put vLLM's own options after --")
+    return after
+
+
+@app.command(name="eval")
+def evaluate(
+    out: Out,
+    prompts: Annotated[Path, typer.Option(help="Prompts to measure on (JSONL or text).")],
+    target: Target = None,
+    head: HeadDir = None,
+    plain_url: Annotated[str | None, typer.Option(help="A running plain server instead of starting one.")] = None,
+    spec_url: Annotated[str | None, typer.Option(help="A running speculative server instead of starting one.")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure acceptance, speed-up and losslessness side by side with plain decode."""
+    from specdec.evaluation.run import evaluate as run_evaluate
+
+    run = _load(config, overrides, target)
+    result = run_evaluate(run, run.target.name, head, prompts, out, plain_url, spec_url)
+    _echo_json({"result": str(out / "result.json"), "report": str(out / "report.html"), **result["summary"]})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")] = Path("runs/demo"),
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """prepare, train and eval on the embedded target: from nothing to a measured speed-up."""
+    from specdec.demo import run_demo
+
+    raise typer.Exit(run_demo(out, config, overrides or []))
+
+
+def main() -> None:
+    """Console entry point: errors of the user's making become one line and exit code 2."""
+    logging.basicConfig(
+        level=os.environ.get("SPECDEC_LOG_LEVEL", "INFO"), format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for noisy in ("httpx", "vllm", "transformers", "datasets", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full ({error.filename}): free some space and run the same command again")
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command to continue where it stopped")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    os._exit(2) if _has_engine_threads() else sys.exit(2)
+
+
+def _has_engine_threads() -> bool:
+    """vLLM's client threads would hold a failed process open."""
+    return "vllm" in sys.modules
