@@ -34,6 +34,7 @@ MAKE_COMMANDS = shell_commands(README_TEXT, "make")
 def unknown_words(command: str) -> list[str]:
     """Subcommands and options of a ``specdec`` command line that the CLI doesn't have."""
     import typer
+
     from specdec.cli import app  # not at the top: a broken command line must not hide the other findings
 
     group = typer.main.get_command(app)
