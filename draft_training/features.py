@@ -140,7 +140,10 @@ class FeatureStore:
         def pad(tensors: list[Tensor]) -> Tensor:
             return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
+        anchors = [anchor_positions(row) for row in rows]
         return FeatureBatch(
+            anchors_BQ=pad([torch.tensor(row_anchors) for row_anchors in anchors]),
+            anchor_mask_BQ=pad([torch.ones(len(row_anchors), dtype=torch.bool) for row_anchors in anchors]),
             input_ids_BT=pad([torch.tensor(row.input_ids) for row in rows]),
             loss_mask_BT=pad([torch.tensor(row.loss_mask, dtype=torch.bool) for row in rows]),
             lengths_B=torch.tensor([len(row.input_ids) for row in rows], device=device),
@@ -149,6 +152,12 @@ class FeatureStore:
             logsumexp_BT=pad([f.logsumexp for f in features]),
             argmax_BT=pad([f.argmax for f in features]),
         )
+
+
+def anchor_positions(row: TokenRow) -> list[int]:
+    """Indices t at which the server could draft: tokens t + 1 (just sampled) and t + 2 belong to the completion."""
+    mask = row.loss_mask
+    return [t for t in range(len(mask) - 2) if mask[t + 1] and mask[t + 2]]
 
 
 def length_groups(order: list[int], rows: list[TokenRow], batch_tokens: int) -> list[list[int]]:

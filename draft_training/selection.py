@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from draft_training.features import FeatureStore, length_groups
+from draft_training.features import FeatureStore, anchor_positions, length_groups
 from draft_training.heads import DraftHead, FeatureBatch
 from specdec.metrics import AcceptanceCounts
 from specdec.traces import TokenRow
@@ -28,28 +29,27 @@ class HeldOutAcceptance:
     accepted_by_conversation: dict[str, list[int]] = field(default_factory=dict)
 
 
-def accepted_prefix(drafts_BTK: Tensor, batch: FeatureBatch, on_policy: bool) -> Tensor:
-    """[B, T] number of draft tokens of anchor t that the server would accept, were it to draft there."""
-    truth_BT = batch.input_ids_BT if on_policy else torch.nn.functional.pad(batch.argmax_BT[:, :-1], (1, 0))
-    T = truth_BT.shape[1]
-    positions = torch.arange(T, device=truth_BT.device)
+def accepted_prefix(drafts_BQK: Tensor, batch: FeatureBatch, on_policy: bool) -> Tensor:
+    """[B, Q] number of draft tokens of each anchor that the server would accept, were it to draft there."""
+    truth_BT = batch.input_ids_BT if on_policy else F.pad(batch.argmax_BT[:, :-1], (1, 0))
+    last = truth_BT.shape[1] - 1
     right = []
-    for j in range(drafts_BTK.shape[-1]):
-        wanted = torch.nn.functional.pad(truth_BT[:, 2 + j :], (0, min(2 + j, T)))
-        exists = positions[None] + 2 + j < batch.lengths_B[:, None]
-        right.append((drafts_BTK[..., j] == wanted) & exists)
+    for j in range(drafts_BQK.shape[-1]):
+        drafted_BQ = batch.anchors_BQ + 2 + j
+        exists = drafted_BQ < batch.lengths_B[:, None]
+        right.append((drafts_BQK[..., j] == truth_BT.gather(1, drafted_BQ.clamp(max=last))) & exists)
     return torch.stack(right, dim=-1).long().cumprod(-1).sum(-1)
 
 
-def walk(accepted_T: list[int], prompt_length: int, length: int) -> list[tuple[int, int]]:
+def walk(accepted_by_anchor: dict[int, int], prompt_length: int) -> list[tuple[int, int]]:
     """(token index of the first drafted token, accepted) of each draft the server makes along one row.
 
     The prompt's forward yields token ``prompt_length``; drafting starts behind it and ends with the last token.
     """
     drafts = []
     anchor = prompt_length - 1
-    while anchor + 2 < length:
-        accepted = accepted_T[anchor]
+    while anchor in accepted_by_anchor:
+        accepted = accepted_by_anchor[anchor]
         drafts.append((anchor + 2, accepted))
         anchor += 1 + accepted
     return drafts
@@ -63,10 +63,11 @@ def held_out_acceptance(head: DraftHead, store: FeatureStore, on_policy: bool, b
     order = sorted(range(len(store.rows)), key=lambda i: len(store.rows[i].input_ids))
     for group in length_groups(order, store.rows, batch_tokens):
         batch = store.batch(group)
-        accepted_BT = accepted_prefix(head.draft_along(batch), batch, on_policy).tolist()
-        for index, accepted_T in zip(group, accepted_BT, strict=True):
+        accepted_BQ = accepted_prefix(head.draft_along(batch), batch, on_policy).tolist()
+        for index, accepted_Q in zip(group, accepted_BQ, strict=True):
             row = store.rows[index]
-            for token, accepted in walk(accepted_T, row.prompt_span[1], len(row.input_ids)):
+            by_anchor = dict(zip(anchor_positions(row), accepted_Q, strict=False))  # the rest is padding
+            for token, accepted in walk(by_anchor, row.prompt_span[1]):
                 result.total.record(width, accepted)
                 result.by_span.setdefault(_span_name(row, token), AcceptanceCounts()).record(width, accepted)
                 result.accepted_by_conversation.setdefault(row.conversation_id, []).append(accepted)

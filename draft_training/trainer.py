@@ -141,9 +141,10 @@ class Trainer:
         batch = self.train_store.batch(indices)
         with self.autocast():
             output = self.head.compute_loss(batch, self.config.step_decay)
-        if not math.isfinite(float(output.loss)):
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
             raise ValueError(
-                f"the loss became {float(output.loss)} at step {self.state.step}; the last checkpoint is kept in "
+                f"the loss became {loss} at step {self.state.step}; the last checkpoint is kept in "
                 f"{self.work_dir}: lower train.learning_rate and start again with another --out"
             )
         output.loss.backward()
@@ -151,7 +152,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         hits = "/".join(f"{c / max(n, 1):.2f}" for c, n in zip(output.num_correct, output.num_targets, strict=True))
-        return int(batch.lengths_B.sum()), f"loss {float(output.loss.detach()):.3f} top-1 {hits}"
+        return int(batch.lengths_B.sum()), f"loss {loss:.3f} top-1 {hits}"
 
     def _evaluate(self) -> None:
         acceptance = held_out_acceptance(self.head, self.val_store, self.on_policy, self.config.batch_tokens).total

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class FeatureBatch:
-    """A right-padded batch of rows with the target's features. B rows, T tokens, H target width, A aux layers.
+    """A right-padded batch of rows with the target's features. B rows, T tokens, Q anchors, H width, A aux layers.
 
     Index t holds token t and what the target computed on reading it: its distribution there is over token t + 1.
+    An anchor t is where the server could draft: token t + 1 is known, token t + 2 is the first to be drafted.
     """
 
     input_ids_BT: Tensor  # int64
     loss_mask_BT: Tensor  # bool, True on completion tokens
     lengths_B: Tensor  # int64
+    anchors_BQ: Tensor  # int64 indices t, ascending; padding repeats index 0
+    anchor_mask_BQ: Tensor  # bool
     aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending
     final_hidden_BTH: Tensor  # after the target's final norm
     logsumexp_BT: Tensor  # float32, over the full vocabulary
@@ -58,7 +61,7 @@ class DraftHead(Protocol):
         ...
 
     def draft_along(self, batch: FeatureBatch) -> Tensor:
-        """[B, T, K] target-vocabulary ids: position j of anchor t is drafted for token t + 2 + j,
+        """[B, Q, K] target-vocabulary ids: position j of anchor t is drafted for token t + 2 + j,
         given the row's own tokens up to t + 1 + j (exact wherever the earlier drafts were accepted)."""
         ...
 

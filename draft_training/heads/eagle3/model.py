@@ -1,9 +1,9 @@
 """The EAGLE-3 module, numerically what vLLM's Eagle3LlamaForCausalLM computes.
 
-Shapes: B rows, T tokens, H width, A tapped layers, N query heads, M key/value heads, G = N / M, D head width,
-V draft vocabulary, K draft tokens. Everything is indexed by *anchor* t: draft position j of anchor t reads token
-t + 1 + j, sits at rope position t + j and drafts token t + 2 + j. Indexed so, all positions share one causal mask
-and the feedback needs no shift.
+Shapes: B rows, T tokens, Q anchors, H width, W = 2H, A tapped layers, N query heads, M key/value heads, D head width,
+V draft vocabulary, P learnable positions. Everything is indexed by *anchor* t: draft position j of anchor t reads
+token t + 1 + j, sits at rope position t + j and drafts token t + 2 + j. Indexed so, all draft positions share one
+causal mask and the feedback needs no shift.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from draft_training.features import TargetModel
 from draft_training.heads import FeatureBatch, LossOutput
@@ -25,7 +25,7 @@ from draft_training.heads.eagle3.loss import SoftCrossEntropy
 
 
 class TestTimeAttention(nn.Module):
-    """Attention of training-time test (EAGLE-3 §3.2): true features before the anchor, own drafts after it."""
+    """Attention of training-time test (EAGLE-3 §3.2): true features up to the anchor, own drafts after it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -36,29 +36,38 @@ class TestTimeAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)
 
-    def project(self, hidden_BTW: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, M, G, T, D], k and v [B, M, T, D], rope applied."""
-        B, T, _ = hidden_BTW.shape
-        q = self.q_proj(hidden_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(hidden_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(hidden_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return q.reshape(B, self.num_kv_heads, self.num_groups, T, self.head_dim), k, v
+    def _rope(self, states_BXTD: Tensor, positions_BT: Tensor) -> Tensor:
+        cos, sin = (part[:, None] for part in self.rotary(states_BXTD, positions_BT))
+        return states_BXTD * cos + rotate_half(states_BXTD) * sin
 
-    def forward(self, q_BMGTD: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attend to ``keys[0]`` causally and to ``keys[1:]`` (own drafts) at the anchor alone. Returns [B, T, H]."""
-        B, M, G, T, D = q_BMGTD.shape
-        q_BMGTD = q_BMGTD * D**-0.5
-        context = (q_BMGTD.reshape(B, M, G * T, D) @ keys[0].transpose(-1, -2)).view(B, M, G, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=context.device).triu(1)
-        context = context.masked_fill(future, torch.finfo(context.dtype).min)
-        own = [(q_BMGTD * key[:, :, None]).sum(-1, keepdim=True) for key in keys[1:]]
-        probs = torch.cat([context, *own], dim=-1).float().softmax(-1).to(q_BMGTD.dtype)
-        mixed = (probs[..., :T].reshape(B, M, G * T, T) @ values[0]).view(B, M, G, T, D)
-        for j, value in enumerate(values[1:]):
-            mixed = mixed + probs[..., T + j : T + j + 1] * value[:, :, None]
-        return self.o_proj(mixed.permute(0, 3, 1, 2, 4).reshape(B, T, M * G * D))
+    def query(self, inputs_BQW: Tensor, positions_BQ: Tensor) -> Tensor:
+        """[B, N, Q, D], rope applied."""
+        q = self.q_proj(inputs_BQW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self._rope(q, positions_BQ)
+
+    def key_value(self, inputs_BTW: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of [B, M, T, D], rope applied to the keys."""
+        k = self.k_proj(inputs_BTW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(inputs_BTW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self._rope(k, positions_BT), v
+
+    def forward(self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor) -> Tensor:
+        """Attend to the row's ``prefix`` under ``bias``, and to this anchor's ``own`` keys alone. Returns [B, Q, H]."""
+        B, N, Q, D = q_BNQD.shape
+        q = (q_BNQD * D**-0.5).reshape(B, self.num_kv_heads, self.num_groups * Q, D)
+        scores = (q @ prefix[0].transpose(-1, -2)).view(B, N, Q, -1) + bias_BQT[:, None]
+        grouped = q.view(B, self.num_kv_heads, self.num_groups, Q, D)
+        own_scores = [(grouped * key[:, :, None]).sum(-1, keepdim=True).view(B, N, Q, 1) for key, _ in own]
+        probs = torch.cat([scores, *own_scores], dim=-1).softmax(-1).to(q.dtype)
+        T = prefix[0].shape[2]
+        mixed = probs[..., :T].reshape(B, self.num_kv_heads, self.num_groups * Q, T) @ prefix[1]
+        mixed = mixed.view(B, self.num_kv_heads, self.num_groups, Q, D)
+        for j, (_, value) in enumerate(own):
+            weight = probs[..., T + j].view(B, self.num_kv_heads, self.num_groups, Q, 1)
+            mixed = mixed + weight * value[:, :, None]
+        return self.o_proj(mixed.view(B, N, Q, D).transpose(1, 2).flatten(2))
 
 
 class Eagle3Layer(nn.Module):
@@ -73,16 +82,14 @@ class Eagle3Layer(nn.Module):
         self.self_attn = TestTimeAttention(config)
         self.mlp = LlamaMLP(config)
 
-    def forward(
-        self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
-        """One draft position for all anchors, [B, T, H]; appends its key and value to the lists."""
+    def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention input [..., 2H] and the residual stream [..., H]."""
         normed = self.hidden_norm(hidden)
-        residual = normed if self.norm_before_residual else hidden
-        q, k, v = self.self_attn.project(torch.cat([self.input_layernorm(embeds), normed], dim=-1), cos, sin)
-        keys.append(k)
-        values.append(v)
-        residual = residual + self.self_attn(q, keys, values)
+        return torch.cat([self.input_layernorm(embeds), normed], dim=-1), normed if self.norm_before_residual else hidden
+
+    def outputs(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """What follows attention: the residual stream after the layer."""
+        residual = residual + attended
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
@@ -102,7 +109,6 @@ class Eagle3Head(nn.Module):
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, self.draft_vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(config)
         # Not the head's own: kept out of parameters() and of the exported file.
         self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)
         self.register_buffer("embed_VH", target.embedding.detach().float(), persistent=False)
@@ -112,95 +118,78 @@ class Eagle3Head(nn.Module):
         to_draft[draft_token_ids] = torch.arange(self.draft_vocab_size)
         self.register_buffer("draft_id_of_target", to_draft, persistent=False)
 
-    def _positions(self, batch_size: int, length: int, offset: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(offset, offset + length, device=like.device)[None].expand(batch_size, -1)
-        return self.rotary(like, positions)
-
     def fuse(self, aux_hidden: Tensor) -> Tensor:
         """[..., A, H] tapped features to the head's input [..., H]."""
         flat = aux_hidden.flatten(-2)
         return self.fc(self.input_norm(flat) if self.config.norm_before_fc else flat)
 
-    def _unroll(self, batch: FeatureBatch):
-        """Yield the normed output [B, T, H] of each draft position, teacher-forced on the row's tokens."""
-        hidden = self.fuse(batch.aux_hidden_BTAH)
-        B, T, _ = hidden.shape
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+    def _unroll(self, input_ids_BT: Tensor, aux_hidden_BTAH: Tensor, anchors_BQ: Tensor, own_drafts: bool = False):
+        """Yield the normed output [B, Q, H] of each draft position at the anchors.
+
+        Position j reads the row's own token t + 1 + j (past the end: the last one), or with ``own_drafts`` what this
+        head drafted before. Only keys and values are computed where there is no anchor.
+        """
+        layer = self.layers[0]
+        T = aux_hidden_BTAH.shape[1]
+        last = input_ids_BT.shape[1] - 1
+        positions_BT = torch.arange(T, device=anchors_BQ.device)[None].expand(len(anchors_BQ), -1)
+        next_ids = input_ids_BT[:, (torch.arange(T, device=anchors_BQ.device) + 1).clamp(max=last)]
+        everywhere, residual = layer.inputs(F.embedding(next_ids, self.embed_VH), self.fuse(aux_hidden_BTAH))
+        prefix = layer.self_attn.key_value(everywhere, positions_BT)
+        bias = torch.zeros_like(anchors_BQ, dtype=residual.dtype)[:, :, None].expand(-1, -1, T).clone()
+        bias.masked_fill_(positions_BT[:, None] > anchors_BQ[:, :, None], torch.finfo(bias.dtype).min)
+        inputs, residual = _gather(everywhere, anchors_BQ), _gather(residual, anchors_BQ)
+        own: list[tuple[Tensor, Tensor]] = []
         for j in range(self.num_speculative_tokens):
-            tokens_BT = F.pad(batch.input_ids_BT[:, 1 + j :], (0, min(1 + j, T)))
-            embeds = F.embedding(tokens_BT, self.embed_VH)
-            cos, sin = self._positions(B, T, j, hidden)
-            prenorm = self.layers[0](embeds, hidden, cos, sin, keys, values)
+            if j:
+                tokens_BQ = drafted if own_drafts else input_ids_BT.gather(1, (anchors_BQ + 1 + j).clamp(max=last))
+                inputs, residual = layer.inputs(F.embedding(tokens_BQ, self.embed_VH), hidden)
+                own.append(layer.self_attn.key_value(inputs, anchors_BQ + j))
+            attended = layer.self_attn(layer.self_attn.query(inputs, anchors_BQ + j), prefix, own, bias)
+            prenorm = layer.outputs(attended, residual)
             normed = self.norm(prenorm)
             yield normed
             hidden = normed if self.config.norm_output else prenorm
+            if own_drafts:
+                drafted = self._greedy(normed)
+
+    def _greedy(self, normed: Tensor) -> Tensor:
+        return self.draft_token_ids[self.lm_head(normed).argmax(-1)]
 
     def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
         """Mean soft cross-entropy of each draft position, position j weighted ``step_decay ** j``."""
-        T = batch.input_ids_BT.shape[1]
         # A position s is worth learning when token s + 1 belongs to the completion and the head can say it.
         learnable_BT = F.pad(batch.loss_mask_BT[:, 1:], (0, 1)) & (self.draft_id_of_target[batch.argmax_BT] >= 0)
-        rank_BT = learnable_BT.flatten().cumsum(0).view_as(batch.input_ids_BT) - 1
-        teacher_logits = batch.final_hidden_BTH[learnable_BT].float() @ self.teacher_VH.T
-        probs_PV = teacher_logits.sub_(batch.logsumexp_BT[learnable_BT][:, None]).exp_()
-        # Anchors start where the server's do: the last prompt token, whose successor is the first sampled one.
-        anchors_BT = F.pad(batch.loss_mask_BT[:, 1:], (0, 1))
+        rank_BT = learnable_BT.flatten().cumsum(0).view_as(learnable_BT) - 1
+        teacher_logits = batch.final_hidden_BTH[learnable_BT] @ self.teacher_VH.T
+        probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT[learnable_BT][:, None]).exp_()
+        last = batch.input_ids_BT.shape[1] - 1
         loss = batch.final_hidden_BTH.new_zeros(())
         num_targets, num_correct = [], []
-        for j, normed_BTH in enumerate(self._unroll(batch)):
-            shift = 1 + j
-            reached_BT = anchors_BT & F.pad(learnable_BT[:, shift:], (0, min(shift, T)))
-            rows_P = F.pad(rank_BT[:, shift:], (0, min(shift, T)))[reached_BT]
-            probs = probs_PV[rows_P]
-            weights = probs.new_full((len(rows_P),), step_decay**j / max(len(rows_P), 1))
-            step_loss, best = SoftCrossEntropy.apply(normed_BTH[reached_BT], self.lm_head.weight, probs, weights)
+        for j, normed_BQH in enumerate(self._unroll(batch.input_ids_BT, batch.aux_hidden_BTAH, batch.anchors_BQ)):
+            seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
+            reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
+            probs = probs_PV[rank_BT.gather(1, seen_BQ)[reached_BQ]]
+            weights = probs.new_full((len(probs),), step_decay**j / max(len(probs), 1))
+            step_loss, best = SoftCrossEntropy.apply(normed_BQH[reached_BQ], self.lm_head.weight, probs, weights)
             loss = loss + step_loss
-            wanted = F.pad(batch.argmax_BT[:, shift:], (0, min(shift, T)))[reached_BT]
-            num_targets.append(len(rows_P))
+            wanted = batch.argmax_BT.gather(1, seen_BQ)[reached_BQ]
+            num_targets.append(len(probs))
             num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
         return LossOutput(loss=loss, num_targets=num_targets, num_correct=num_correct)
 
     @torch.no_grad()
     def draft_along(self, batch: FeatureBatch) -> Tensor:
         """See ``DraftHead.draft_along``."""
-        drafts = [self.draft_token_ids[self.lm_head(normed).argmax(-1)] for normed in self._unroll(batch)]
-        return torch.stack(drafts, dim=-1)
+        unrolled = self._unroll(batch.input_ids_BT, batch.aux_hidden_BTAH, batch.anchors_BQ)
+        return torch.stack([self._greedy(normed) for normed in unrolled], dim=-1)
 
     @torch.no_grad()
     def propose(self, aux_hidden_TAH: Tensor, input_ids: Tensor) -> list[int]:
-        """See ``DraftHead.propose``: plain autoregression with the layer's keys of the true prefix kept."""
-        layer = self.layers[0]
-        hidden = self.fuse(aux_hidden_TAH)[None]
-        T = hidden.shape[1]
-        tokens = input_ids[None, 1:]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        cos, sin = self._positions(1, T, 0, hidden)
-        prenorm = layer(F.embedding(tokens, self.embed_VH), hidden, cos, sin, keys, values)[:, -1:]
-        drafts: list[int] = []
-        for j in range(1, self.num_speculative_tokens + 1):
-            normed = self.norm(prenorm)
-            drafts.append(int(self.draft_token_ids[self.lm_head(normed)[0, 0].argmax()]))
-            if j == self.num_speculative_tokens:
-                break
-            hidden = normed if self.config.norm_output else prenorm
-            cos, sin = self._positions(1, 1, T - 1 + j, hidden)
-            token = torch.tensor([[drafts[-1]]], device=hidden.device)
-            prenorm = self._extend(F.embedding(token, self.embed_VH), hidden, cos, sin, keys, values)
-        return drafts
-
-    def _extend(self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, keys: list, values: list) -> Tensor:
-        """One more token after the cached ones, [1, 1, H]: ordinary incremental attention."""
-        layer = self.layers[0]
-        normed = layer.hidden_norm(hidden)
-        q, k, v = layer.self_attn.project(torch.cat([layer.input_layernorm(embeds), normed], dim=-1), cos, sin)
-        keys[:], values[:] = [torch.cat([*keys, k], dim=2)], [torch.cat([*values, v], dim=2)]
-        M, G, D = q.shape[1], q.shape[2], q.shape[-1]
-        scores = (q.reshape(1, M, G, D) @ keys[0].transpose(-1, -2)) * D**-0.5
-        mixed = (scores.softmax(-1) @ values[0]).reshape(1, 1, M * G * D)
-        residual = (normed if layer.norm_before_residual else hidden) + layer.self_attn.o_proj(mixed)
-        return residual + layer.mlp(layer.post_attention_layernorm(residual))
+        """See ``DraftHead.propose``."""
+        anchor = torch.tensor([[len(aux_hidden_TAH) - 1]], device=aux_hidden_TAH.device)
+        unrolled = self._unroll(input_ids[None], aux_hidden_TAH[None], anchor, own_drafts=True)
+        return [int(self._greedy(normed)) for normed in unrolled]
 
     def parameter_groups(self, learning_rate: float, lm_head_lr_scale: float, weight_decay: float) -> list[dict]:
         """Matrices decay, norms don't; the lm_head starts from the target's rows and may want smaller steps."""
@@ -215,6 +204,10 @@ class Eagle3Head(nn.Module):
     def export(self, directory: Path, dtype: torch.dtype) -> None:
         """See ``DraftHead.export``."""
         export_head(self, directory, dtype)
+
+
+def _gather(states_BTH: Tensor, anchors_BQ: Tensor) -> Tensor:
+    return states_BTH.gather(1, anchors_BQ[:, :, None].expand(-1, -1, states_BTH.shape[-1]))
 
 
 def build(

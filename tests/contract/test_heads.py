@@ -1,0 +1,159 @@
+"""The contract of every folder in draft_training/heads: a new one is covered the moment it exists."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draft_training.features import FeatureStore, TargetModel, anchor_positions
+from draft_training.heads import list_heads, load_head
+from draft_training.reference import greedy_decode, speculative_decode
+from draft_training.selection import accepted_prefix, held_out_acceptance, walk
+from specdec.config import TargetConfig
+from specdec.device import Device
+from specdec.targets import resolve_target
+from specdec.traces import TokenRow, prompt_ids, row_from_ids
+from tests.tiny import save_tiny_target, tiny_tokenizer
+
+CPU = Device(kind="cpu", core_ids=(0,), native_bf16=False)
+K = 3
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def target(request, tmp_path_factory) -> TargetModel:
+    directory = save_tiny_target(tmp_path_factory.mktemp(request.param), request.param)
+    return TargetModel.load(resolve_target(TargetConfig(name=str(directory))), "float32", CPU)
+
+
+@pytest.fixture(scope="module")
+def rows(target) -> list[TokenRow]:
+    """On-policy greedy rows of different lengths."""
+    tokenizer = tiny_tokenizer()
+    result = []
+    for i, text in enumerate(["2+2?", "Why is the sky blue?", "Count to ten."]):
+        prefix = prompt_ids(tokenizer, text)
+        result.append(row_from_ids(tokenizer, text, prefix, greedy_decode(target, prefix, 24 + 5 * i)))
+    return result
+
+
+@pytest.fixture(params=list_heads())
+def spec(request):
+    return load_head(request.param)
+
+
+def build(spec, target, draft_vocab_size=None, perturb=0.1):
+    """A head whose zero-initialised parts are shaken, so that every path matters."""
+    torch.manual_seed(1)
+    size = draft_vocab_size or target.config.vocab_size
+    head = spec.build(target, torch.arange(size), spec.options_cls(), K)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(perturb * torch.randn_like(parameter))
+    return head
+
+
+def make_store(head, target, rows) -> FeatureStore:
+    return FeatureStore(target, rows, head.aux_layer_ids, max_bytes=2**30)
+
+
+def test_drafts_have_one_id_per_position_and_stay_in_the_draft_vocabulary(spec, target, rows):
+    head = build(spec, target, draft_vocab_size=100)
+    drafts = head.draft_along(make_store(head, target, rows).batch([0, 1, 2]))
+    assert drafts.shape == (3, max(row.num_completion_tokens for row in rows) - 1, K)
+    assert drafts.max() < 100
+
+
+def test_a_later_token_changes_no_earlier_draft(spec, target, rows):
+    head = build(spec, target)
+    changed = list(rows[0].input_ids)
+    position = len(changed) - 6
+    changed[position] = (changed[position] + 7) % 200
+    other = TokenRow(**{**{f: getattr(rows[0], f) for f in rows[0].__slots__}, "input_ids": changed})
+    before = head.draft_along(make_store(head, target, rows[:1]).batch([0]))
+    after = head.draft_along(make_store(head, target, [other]).batch([0]))
+    for q, anchor in enumerate(anchor_positions(rows[0])):
+        for j in range(K):  # position j of anchor t reads tokens up to t + 1 + j
+            assert anchor + 1 + j >= position or before[0, q, j] == after[0, q, j]
+    assert not torch.equal(before, after)
+
+
+def test_loss_falls_and_the_target_is_untouched(spec, target, rows):
+    head = build(spec, target, perturb=0.0)
+    store = make_store(head, target, rows)
+    frozen = target.embedding.clone()
+    optimizer = torch.optim.AdamW(head.parameter_groups(3e-3, 1.0, 0.0))
+    batch = store.batch([0, 1, 2])
+    losses = []
+    for _ in range(25):
+        output = head.compute_loss(batch, 0.8)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]  # soft labels: the entropy of the target is its floor
+    assert torch.equal(frozen, target.embedding) and target.embedding.grad is None
+
+
+def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
+    """Position 0 of the loss, its gradient too, against an unfused cross-entropy over the same anchors."""
+    head = build(spec, target)
+    batch = make_store(head, target, rows).batch([0, 1, 2])
+    head.zero_grad()
+    head.compute_loss(batch, 0.0).loss.backward()  # 0 ** 0 = 1: only position 0 weighs
+    fused = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+    head.zero_grad()
+    normed = next(head._unroll(batch.input_ids_BT, batch.aux_hidden_BTAH, batch.anchors_BQ))
+    terms = []
+    for b, row in enumerate(rows):
+        for q, t in enumerate(range(row.prompt_span[1] - 1, len(row.input_ids) - 2)):
+            probs = (batch.final_hidden_BTH[b, t + 1] @ head.teacher_VH.T - batch.logsumexp_BT[b, t + 1]).exp()
+            terms.append(-(probs * head.lm_head(normed[b, q]).log_softmax(-1)).sum())
+    torch.stack(terms).mean().backward()
+    for name, gradient in fused.items():
+        torch.testing.assert_close(gradient, dict(head.named_parameters())[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(spec, target, rows):
+    head = build(spec, target, perturb=0.02)
+    store = make_store(head, target, rows)
+    optimizer = torch.optim.AdamW(head.parameter_groups(5e-3, 1.0, 0.0))
+    for _ in range(60):  # a head that is right sometimes: otherwise the comparison is empty
+        head.compute_loss(store.batch([0, 1, 2]), 0.8).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    num_accepted = 0
+    for index, row in enumerate(rows):
+        prompt_length = row.prompt_span[1]
+        decoded = speculative_decode(target, head, row.input_ids[:prompt_length], row.num_completion_tokens)
+        assert decoded.output_ids == row.input_ids[prompt_length:]
+        batch = store.batch([index])
+        accepted = accepted_prefix(head.draft_along(batch), batch, on_policy=True)[0].tolist()
+        walked = [count for _, count in walk(dict(zip(anchor_positions(row), accepted, strict=True)), prompt_length)]
+        # The decoder may accept past the row's last token, so its last draft is not compared.
+        assert walked[:-1] == decoded.accepted[: len(walked) - 1]
+        num_accepted += sum(walked)
+    assert num_accepted > 0
+    total = held_out_acceptance(head, store, True, 256).total
+    assert total.num_accepted_tokens == num_accepted
+
+
+def test_out_of_vocabulary_tokens_are_rejects(spec, target, rows):
+    head = build(spec, target, draft_vocab_size=1)
+    total = held_out_acceptance(head, make_store(head, target, rows), True, 256).total
+    occurrences = sum(row.input_ids[row.prompt_span[1] :].count(0) for row in rows)
+    assert total.num_accepted_tokens <= occurrences
+
+
+def test_export_holds_the_weights_and_every_flag(spec, target, tmp_path):
+    head = build(spec, target, draft_vocab_size=100)
+    head.export(tmp_path, torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, parameter in head.named_parameters():
+        assert torch.equal(tensors[name], parameter.detach().bfloat16()), name
+    assert torch.equal(tensors["d2t"] + torch.arange(100), head.draft_token_ids)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["vocab_size"] == target.config.vocab_size
+    assert config["draft_vocab_size"] == 100

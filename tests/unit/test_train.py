@@ -1,0 +1,155 @@
+"""Rows to head on a tiny target: data cards, splits, interruption and resumption, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from draft_training.generate import load_completions
+from draft_training.prepare import load_rows, prepare, split_rows
+from draft_training.train import choose_draft_tokens, train
+from draft_training.trainer import learning_rate_factor
+from specdec.config import RunConfig, load_config
+from specdec.manifest import HeadManifest
+from specdec.traces import TokenRow
+from tests.tiny import save_tiny_target
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A tiny target and a trace file of twelve conversations, one of them twice."""
+    root = tmp_path_factory.mktemp("workspace")
+    save_tiny_target(root / "target")
+    items = [{"problem": f"{i}+{i}?", "reasoning": f"twice {i}", "response": str(2 * i)} for i in range(12)]
+    (root / "traces.jsonl").write_text("".join(json.dumps(item) + "\n" for item in [*items, items[3]]))
+    return root
+
+
+def config_for(workspace: Path, *overrides: str) -> RunConfig:
+    small = ["train.epochs=3", "train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25"]
+    return load_config(None, [f"target.name={workspace / 'target'}", *small, *overrides])
+
+
+def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
+    manifest = train(config_for(workspace), workspace / "traces.jsonl", tmp_path)
+    assert HeadManifest.load(tmp_path) == manifest
+    assert 1 <= manifest.acceptance["acceptance_length"] <= 4
+    assert manifest.acceptance["on_policy"] is False
+    drafts = sum(len(accepted) for accepted in manifest.acceptance_by_prompt.values())
+    assert drafts == manifest.acceptance["num_drafts"]
+    card = json.loads((tmp_path / "rows" / "card.json").read_text())
+    assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 13
+    assert card["splits"]["val"]["conversations"] == 3
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert train(config_for(workspace), workspace / "traces.jsonl", tmp_path) == manifest
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill):
+    train(config_for(workspace), workspace / "traces.jsonl", tmp_path / "whole")
+    command = [
+        sys.executable, "-m", "specdec", "train", "--target", str(workspace / "target"),
+        "--traces", str(workspace / "traces.jsonl"), "--out", str(tmp_path / "cut"),
+        *[f"--set={item}" for item in (
+            "train.epochs=3", "train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25",
+            "train.checkpoint_every_sec=0.0",
+        )],
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "cut" / "work" / "checkpoint.pt"
+    watcher = threading.Thread(target=lambda: _signal_when(checkpoint.exists, process, kill))
+    watcher.start()
+    _, errors = process.communicate(timeout=120)
+    watcher.join()
+    if kill == signal.SIGINT and process.returncode != 0:
+        assert process.returncode == 2
+        assert "run the same command to continue" in errors.splitlines()[-1]
+    resumed = config_for(workspace)
+    resumed.train.checkpoint_every_sec = 0.0
+    train(resumed, workspace / "traces.jsonl", tmp_path / "cut")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(whole[name].equal(cut[name]) for name in whole)
+
+
+def _signal_when(condition, process, kill):
+    while not condition() and process.poll() is None:
+        time.sleep(0.005)
+    if process.poll() is None:
+        process.send_signal(kill)
+
+
+def test_another_configuration_is_refused_and_loses_nothing(workspace, tmp_path):
+    train(config_for(workspace), workspace / "traces.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        train(config_for(workspace, "train.epochs=4"), workspace / "traces.jsonl", tmp_path)
+    assert HeadManifest.load(tmp_path)
+
+
+def test_unknown_head_and_option_are_named(workspace, tmp_path):
+    with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle3"):
+        train(config_for(workspace, "head.name=eagle9"), workspace / "traces.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="did you mean head.options.norm_output"):
+        train(config_for(workspace, "head.options.norm_outputs=true"), workspace / "traces.jsonl", tmp_path)
+
+
+def test_long_rows_are_dropped_and_counted_never_cut(workspace, tmp_path):
+    config = config_for(workspace)
+    config.traces.files = [str(workspace / "traces.jsonl")]
+    prepare(config, tmp_path / "all")
+    lengths = [len(row.input_ids) for name in ("train", "val") for row in load_rows(tmp_path / "all" / name)]
+    config.traces.max_length = max(lengths) - 1
+    card = prepare(config, tmp_path / "short")
+    assert card["dropped"] == {f"longer than {max(lengths) - 1} tokens": lengths.count(max(lengths))}
+    kept = [len(row.input_ids) for name in ("train", "val") for row in load_rows(tmp_path / "short" / name)]
+    assert sorted(kept) == sorted(length for length in lengths if length < max(lengths))
+
+
+def test_rows_of_other_settings_are_kept(workspace, tmp_path):
+    config = config_for(workspace)
+    config.traces.files = [str(workspace / "traces.jsonl")]
+    prepare(config, tmp_path)
+    config.traces.seed = 1
+    with pytest.raises(ValueError, match="other settings .seed."):
+        prepare(config, tmp_path)
+
+
+def row(prompt: str, completion: list[int]) -> TokenRow:
+    spans = {"prompt_span": (0, 1), "think_span": (1, 1), "answer_span": (1, 1 + len(completion))}
+    return TokenRow(conversation_id=prompt, prompt=prompt, input_ids=[9, *completion], **spans)
+
+
+def test_a_conversation_is_on_one_side_of_the_split():
+    rows = [row(str(i % 5), [1, 2, 3]) for i in range(20)]
+    train_rows, val_rows = split_rows(rows, 0.4, seed=0)
+    assert {r.prompt for r in train_rows}.isdisjoint({r.prompt for r in val_rows})
+    assert len({r.prompt for r in val_rows}) == 2 and len(train_rows) + len(val_rows) == 20
+
+
+def test_draft_tokens_are_the_frequent_ones_then_the_lowest():
+    assert choose_draft_tokens([row("a", [7, 7, 5, 5, 8])], vocab_size=10, draft_vocab_size=2) == [5, 7]
+    assert choose_draft_tokens([row("a", [7])], vocab_size=10, draft_vocab_size=4) == [0, 1, 2, 7]
+    assert choose_draft_tokens([row("a", [7])], vocab_size=3 + 5, draft_vocab_size=99) == list(range(8))
+
+
+def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    whole = json.dumps({"conversation_id": "a", "completion_ids": [1]}) + "\n"
+    path.write_text(whole + '{"conversation_id": "b", "comple')
+    assert list(load_completions(path)) == ["a"]
+    assert path.read_text() == whole
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[-1] < 0.001
+    assert factors[10:] == sorted(factors[10:], reverse=True)
