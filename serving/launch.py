@@ -84,18 +84,11 @@ def plan_server(
     name = user.get("--served-model-name") or target.name
 
     flags = _Flags(user=user)
-    flags.add("--model", target.path)
-    flags.add("--served-model-name", name)
-    flags.add("--host", host)
-    flags.add("--port", port)
+    for flag, value in {"--model": target.path, "--served-model-name": name, "--host": host, "--port": port}.items():
+        flags.add(flag, value)
     if dtype != "auto":
         flags.add("--dtype", dtype)
-    flags.add("--max-num-seqs", serve.max_num_seqs)
-    max_model_len = _max_model_len(target, serve, device, dtype, user)
-    if max_model_len is not None:
-        flags.add("--max-model-len", max_model_len)
-    if device.kind == "cpu":
-        _add_cpu_flags(flags, user.get_int("--max-num-seqs") or serve.max_num_seqs, max_model_len, num_draft_tokens)
+    _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), num_draft_tokens)
     if serve.enforce_eager:
         flags.add("--enforce-eager")
     if speculative:
@@ -190,14 +183,20 @@ def _kv_bytes_per_token(target: Target, dtype: str) -> int:
     return 2 * num_layers * int(config.get("num_key_value_heads") or num_heads) * head_dim * DTYPE_BYTES.get(dtype, 4)
 
 
-def _add_cpu_flags(flags: _Flags, max_num_seqs: int, max_model_len: int | str | None, num_draft_tokens: int) -> None:
+def _add_limits(
+    flags: _Flags, serve: ServeConfig, device: Device, max_model_len: int | str | None, num_draft_tokens: int
+) -> None:
+    flags.add("--max-num-seqs", serve.max_num_seqs)
+    if max_model_len is not None:
+        flags.add("--max-model-len", max_model_len)
+    if device.kind != "cpu" or "--enable-chunked-prefill" in flags.user:
+        return
     # In vLLM 0.32 a request with a seed whose prompt is prefilled in chunks kills the engine on CPU: after each
     # partial chunk the runner rewinds the request's generator, and CPU generators have no offset. One step per
     # prompt removes the cause; clients need not know. The step must then hold the longest prompt beside the
     # tokens of all running requests, or such a prompt would wait for an idle server.
-    if "--enable-chunked-prefill" in flags.user:
-        return
     flags.add("--no-enable-chunked-prefill")
+    max_num_seqs = flags.user.get_int("--max-num-seqs") or serve.max_num_seqs
     if isinstance(max_model_len, int):
         flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
 

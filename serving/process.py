@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import IO
 import httpx
 
 from serving.launch import ServerPlan
+from serving.sockets import check_port_free, listens_below
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +34,6 @@ _PREFIX = re.compile(r"^(\(.*?pid=\d+\) *)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[\
 _CAUSE = re.compile(r"(\b\w*(Error|Exception)\b|\berror): *\S")
 # Lines that only report that something else went wrong.
 _WRAPPERS = ("see root cause", "see stack trace", "failed core proc", "initialization failed due to")
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Refuse an address that a server could not listen on.
-
-    Raises:
-        ValueError: the port is in use or out of range, or the host is not one of this machine's.
-    """
-    if not 1024 <= port <= 65535:
-        raise ValueError(f"port {port} is out of range: pass --port between 1024 and 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except (OSError, UnicodeError) as error:
-            if isinstance(error, socket.gaierror | UnicodeError) or "assign" in str(error):
-                raise ValueError(f"host {host} is not an address of this machine: pass --host 127.0.0.1") from error
-            raise ValueError(f"port {port} is in use; stop what listens there or pass --port") from error
-
-
-def free_port(host: str) -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def failure_cause(lines: list[str], returncode: int | None) -> str:
@@ -119,8 +92,8 @@ def _stop_signals(on_stop: Callable[[], None]) -> Iterator[None]:
 class RunningServer:
     """A server's process as its owner sees it. Use as a context manager: leaving it ends the server."""
 
-    def __init__(self, plan: ServerPlan, sink: IO[bytes]) -> None:
-        self._plan = plan
+    def __init__(self, plan: ServerPlan, sink: IO[bytes], log_path: Path | None = None) -> None:
+        self._plan, self._log_path = plan, log_path
         self.stopping = False
         # A session of its own: Ctrl-C in a terminal reaches us alone, and we pass it on. The reaper's standard
         # input is the lifeline that closes when we die.
@@ -171,14 +144,17 @@ class RunningServer:
         """Wait for its health check; False when it was stopped meanwhile.
 
         Raises:
-            ValueError: it ended, or wasn't ready in time; with the cause and the end of its log.
+            ValueError: it ended, or wasn't ready in time; in one line, the cause included. The end of a log
+                that goes to a file is written to standard error first.
         """
         start = last_progress = time.monotonic()
         with httpx.Client(trust_env=False, timeout=5.0) as client:
             while self.wait(POLL_SEC) is None:
                 now = time.monotonic()
                 if not self.stopping and _is_healthy(client, self._plan.url):
-                    return True
+                    if listens_below(self._process.pid, self._plan.port):
+                        return True
+                    logger.debug("a stranger answers at %s", self._plan.url)
                 if now - start > timeout_sec:
                     self.kill()
                     raise ValueError(self._failure(f"was not ready after {timeout_sec:.0f} s (startup_timeout_sec)"))
@@ -191,8 +167,11 @@ class RunningServer:
 
     def _failure(self, what: str) -> str:
         lines = self.log.lines()
-        cause = failure_cause(lines, self._process.poll())
-        return "\n".join([f"vLLM {what}: {cause}", "last lines of its log:", *lines[-SHOWN_LINES:]])
+        message = f"vLLM {what}: {failure_cause(lines, self._process.poll())}"
+        if self._log_path is None:  # the log is on the terminal, right above
+            return message
+        sys.stderr.write("".join(f"  {line}\n" for line in lines[-SHOWN_LINES:]))
+        return f"{message} (whole log: {self._log_path})"
 
 
 def _is_healthy(client: httpx.Client, url: str) -> bool:
@@ -222,17 +201,14 @@ def run_server(
     except OSError as error:
         raise ValueError(f"cannot write the log {log_path}: {error.strerror}") from error
     try:
-        with RunningServer(plan, sink) as server, _stop_signals(server.stop):
+        with RunningServer(plan, sink, log_path) as server, _stop_signals(server.stop):
             if not server.wait_ready(startup_timeout_sec):
                 return 0
             on_ready()
             server.wait(None)
             if server.stopping:
                 return 0
-            lines = server.log.lines()
-            logger.error("vLLM ended: %s", failure_cause(lines, server.returncode))
-            if log_path is not None:
-                logger.error("its whole log: %s", log_path)
+            logger.error("vLLM ended: %s", failure_cause(server.log.lines(), server.returncode))
             return 1
     finally:
         if log_path is not None:

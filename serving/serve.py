@@ -10,7 +10,8 @@ from pathlib import Path
 
 from serving.flags import ServerFlags
 from serving.launch import NO_HEAD, ServerPlan, plan_server
-from serving.process import free_port, run_server
+from serving.process import run_server
+from serving.sockets import free_port
 from specdec.config import RunConfig
 from specdec.device import detect_device
 from specdec.manifest import HeadManifest

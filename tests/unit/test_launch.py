@@ -1,22 +1,18 @@
-"""The server's plan for each device, and a server's process: ready, failed, stopped, orphaned."""
+"""The server's plan for each device, and what is refused before anything starts."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from serving import launch
 from serving.launch import ServerPlan, core_ranges, plan_server
-from serving.process import check_port_free, failure_cause, free_port
 from serving.serve import serve
+from serving.sockets import check_port_free
 from specdec.config import RunConfig, ServeConfig, TargetConfig
 from specdec.device import Device
 from specdec.manifest import HeadManifest
@@ -164,143 +160,3 @@ def test_a_port_in_use_is_refused_before_anything_starts():
 def test_serve_asks_for_a_head_before_it_fetches_a_target():
     with pytest.raises(ValueError, match=r"--head DIR, or --no-speculation"):
         serve(RunConfig(target=TargetConfig(name="nobody/has-this")), None, [])
-
-
-def test_the_cause_is_the_innermost_error_not_its_wrappers():
-    lines = [
-        "(EngineCore pid=7) ERROR 11-21 22:10:00 [core.py:12] ValueError: head is too small",
-        "(APIServer pid=3) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s)",
-        "some last words",
-    ]
-    assert failure_cause(lines, 1) == "ValueError: head is too small"
-    assert failure_cause(["api_server.py: error: unrecognized arguments: --x"], 2).endswith("arguments: --x")
-    assert failure_cause([], 137) == "killed by signal 9 (out of memory?)"
-
-
-# A stand-in for vLLM: a server with a child that ignores SIGTERM and a grandchild that left the session.
-FAKE = """
-import http.server, os, signal, subprocess, sys, threading, time
-port, mode, pids = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-stubborn = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
-loner = f"import os, time; os.setsid(); open({pids!r}, 'a').write(f'{os.getpid()}\\\\n'); time.sleep(300)"
-child = stubborn + f"subprocess.Popen([sys.executable, '-c', {loner!r}]); "
-child += f"import os; open({pids!r}, 'a').write(f'{{os.getpid()}}\\\\n'); time.sleep(300)"
-subprocess.Popen([sys.executable, "-c", child])
-open(pids, "a").write(f"{os.getpid()}\\n")
-while len(open(pids).read().split()) < 3:
-    time.sleep(0.01)
-print("hello on stdout", flush=True)
-if mode == "fail":
-    print("ValueError: no such head", file=sys.stderr)
-    sys.exit(1)
-if mode == "hang":
-    time.sleep(300)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda *_: os._exit(0))
-if mode == "die":
-    threading.Timer(1.0, lambda: (print("RuntimeError: engine died", flush=True), os._exit(3))).start()
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *args): pass
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-DRIVER = """
-import json, pathlib, sys
-from serving import process, serve
-from serving.launch import ServerPlan
-process.GRACE_SEC = 1.0
-plan = ServerPlan(**json.loads(sys.argv[1]))
-log = pathlib.Path(sys.argv[3]) if len(sys.argv) > 3 else None
-try:
-    sys.exit(process.run_server(plan, float(sys.argv[2]), lambda: serve.announce(plan), log))
-except ValueError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
-class Fake:
-    """A driver that serves the stand-in, as a process of its own."""
-
-    def __init__(self, folder: Path, mode: str, *, timeout_sec: float = 30.0, log: Path | None = None) -> None:
-        script = folder / "fake.py"
-        script.write_text(FAKE)
-        self.pids_path = folder / "pids"
-        port = free_port("127.0.0.1")
-        planned = {
-            "argv": [sys.executable, str(script), str(port), mode, str(self.pids_path)],
-            "env": {}, "url": f"http://127.0.0.1:{port}", "host": "127.0.0.1", "port": port, "served_model_name": "m",
-            "target": "t", "head": None, "num_speculative_tokens": 0, "dtype": "float32",
-        }  # fmt: skip
-        command = [sys.executable, "-c", DRIVER, json.dumps(planned), str(timeout_sec), *([str(log)] if log else [])]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def ready(self) -> dict:
-        return json.loads(self.process.stdout.readline())
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=30)
-        return self.process.returncode, out, err
-
-    def assert_nothing_left(self) -> None:
-        pids = [int(pid) for pid in self.pids_path.read_text().split()]
-        assert len(pids) == 3
-        deadline = time.monotonic() + 10
-        while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-            assert time.monotonic() < deadline, f"still alive: {alive}"
-            time.sleep(0.05)
-
-
-def test_one_ready_line_then_sigterm_ends_even_stubborn_processes(tmp_path: Path):
-    fake = Fake(tmp_path, "serve")
-    facts = fake.ready()
-    assert facts["ready"] is True
-    assert (facts["pid"], facts["model"], facts["head"]) == (fake.process.pid, "m", None)
-    fake.process.send_signal(signal.SIGTERM)
-    code, out, err = fake.end()
-    assert (code, out) == (0, "")
-    assert "hello on stdout" in err  # the server's own output never mixes with ours
-    assert f"ready: {facts['url']} model=m head=None K=0 dtype=float32" in err
-    assert "Traceback" not in err
-    fake.assert_nothing_left()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_deaf_to_sigterm_is_killed_after_the_grace(tmp_path: Path, number):
-    fake = Fake(tmp_path, "deaf")
-    fake.ready()
-    fake.process.send_signal(number)
-    assert fake.end()[0] == 0
-    fake.assert_nothing_left()
-
-
-def test_kill_9_of_the_owner_leaves_no_orphan(tmp_path: Path):
-    fake = Fake(tmp_path, "deaf")
-    fake.ready()
-    os.kill(fake.process.pid, signal.SIGKILL)
-    fake.assert_nothing_left()
-
-
-def test_a_failed_start_says_why_and_keeps_the_log(tmp_path: Path):
-    fake = Fake(tmp_path, "fail", log=tmp_path / "server.log")
-    code, out, err = fake.end()
-    assert (code, out) == (1, "")
-    assert err.startswith("error: vLLM did not start: ValueError: no such head\nlast lines of its log:\n")
-    assert "hello on stdout" in (tmp_path / "server.log").read_text()
-    fake.assert_nothing_left()
-
-
-def test_a_start_that_hangs_is_given_up(tmp_path: Path):
-    fake = Fake(tmp_path, "hang", timeout_sec=3.0)
-    code, _, err = fake.end()
-    assert code == 1
-    assert "was not ready after 3 s" in err
-    fake.assert_nothing_left()
-
-
-def test_an_engine_that_dies_later_ends_with_1_and_its_reason(tmp_path: Path):
-    fake = Fake(tmp_path, "die")
-    fake.ready()
-    code, _, err = fake.end()
-    assert code == 1
-    assert "vLLM ended: RuntimeError: engine died" in err
-    fake.assert_nothing_left()
