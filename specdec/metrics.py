@@ -137,3 +137,8 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 def tokens_per_sec(num_tokens: int, busy_sec: float) -> float | None:
     """Output tokens per second of the time in which requests were in flight; None without such time."""
     return num_tokens / busy_sec if busy_sec > 0 else None
+
+
+def relative_spread(values: Sequence[float]) -> float | None:
+    """(largest - smallest) / median of repeated measurements of one thing; None for fewer than two."""
+    return (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else None

@@ -33,6 +33,7 @@ class Arm:
     url: str
     model: str
     num_speculative_tokens: int | None = None  # what the server said at its start; None: unknown
+    dtype: str | None = None  # likewise
 
 
 def given_arms(plain_url: str, spec_url: str) -> dict[str, Arm]:
@@ -170,6 +171,7 @@ def _ready_arm(server: _Server) -> Arm:
         url=server.ready["url"].rstrip("/").removesuffix("/v1"),
         model=server.ready["model"],
         num_speculative_tokens=num_speculative_tokens or 0,
+        dtype=server.ready.get("dtype"),
     )
 
 

@@ -108,7 +108,7 @@ class ArmClient:
                 now = time.perf_counter() - sent
                 if data == "[DONE]":
                     complete = True
-                    break
+                    continue  # to the end of the body: closing early would look like a client that went away
                 chunk = json.loads(data)
                 if "error" in chunk:
                     return _fail(result, "stream_error", str(chunk["error"]))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from specdec.config import RunConfig
 from specdec.device import detect_device
 from specdec.evaluation import words
 from specdec.evaluation.acceptance import trained_acceptance
-from specdec.evaluation.arms import SPEC, Arm, given_arms, started_arms
+from specdec.evaluation.arms import PLAIN, SPEC, Arm, given_arms, started_arms
 from specdec.evaluation.losslessness import check_losslessness
 from specdec.evaluation.measure import Measurement, measure, num_requests
 from specdec.evaluation.prompts import load_prompts
@@ -25,10 +23,9 @@ from specdec.evaluation.report import render_report
 from specdec.evaluation.summary import build_result
 from specdec.manifest import HeadManifest
 from specdec.metrics import AcceptanceCounts
+from specdec.progress import progress_bar
 from specdec.record import provenance, text_sha256, write_json_atomic
 from specdec.targets import resolve_target
-
-LOG_LINE_EVERY_SEC = 30.0
 
 
 def evaluate(
@@ -56,10 +53,9 @@ def evaluate(
     texts = load_prompts(prompts, config.eval.num_prompts)
     manifest, sampling = _check_head(config, head_dir)
     with _arms(config, head_dir, out_dir, plain_url, spec_url, console) as arms:
-        with _progress(console, num_requests(config.eval, len(texts))) as advance:
-            measurement = measure(config.eval, arms, texts, advance)
-        dtype = detect_device().dtype if config.target.dtype == "auto" else config.target.dtype
-        losslessness = check_losslessness(measurement, arms, dtype)
+        with progress_bar("measuring", num_requests(config.eval, len(texts))) as advance:
+            measurement = measure(config.eval, arms, texts, lambda mode: advance(1, mode))
+        losslessness = check_losslessness(measurement, arms, _dtype(config, arms[PLAIN]))
     served_k = measurement.num_speculative_tokens or arms[SPEC].num_speculative_tokens
     trained = _trained(measurement, manifest, served_k)
     facts = provenance(
@@ -113,29 +109,10 @@ def _arms(
         yield arms
 
 
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with ETA on a terminal; a line now and then in a log."""
-    columns = (
-        TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    start = last_line = time.monotonic()
-    done = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(mode: str) -> None:
-            nonlocal done, last_line
-            done += 1
-            bar.update(task, advance=1, description=mode)
-            now = time.monotonic()
-            if not console.is_terminal and (now - last_line > LOG_LINE_EVERY_SEC or done == total):
-                last_line = now
-                left = (now - start) / done * (total - done)
-                console.print(f"measured {done} of {total} requests ({mode}), {left:.0f} s left", highlight=False)
-
-        yield advance
+def _dtype(config: RunConfig, arm: Arm) -> str:
+    """What the server computes in, as it said itself, else as this device would choose."""
+    said = arm.dtype or config.target.dtype
+    return detect_device().dtype if said == "auto" else said
 
 
 def _trained(measurement: Measurement, manifest: HeadManifest | None, served_k: int | None) -> AcceptanceCounts | None:

@@ -8,13 +8,15 @@ from typing import Any
 
 from specdec.evaluation.arms import PLAIN, SPEC
 from specdec.evaluation.measure import GREEDY, Measurement, ModeRun, Record
-from specdec.metrics import AcceptanceCounts, bootstrap_ci95, percentile, speedup, tokens_per_sec
+from specdec.metrics import AcceptanceCounts, bootstrap_ci95, percentile, relative_spread, speedup, tokens_per_sec
 
 SUMMARY_KEYS = (
     "acceptance_length", "acceptance_rate", "per_position_rates", "conditional_rates", "trained_acceptance_length",
     "plain_tpot_sec", "spec_tpot_sec", "speedup_median", "speedup_ci95", "greedy_identity_rate", "num_requests",
 )  # fmt: skip
 PERCENTILES = (50, 90, 99)
+MAX_REPEAT_SPREAD = 0.1  # above it the machine was not quiet, and intervals over prompts say less than they seem to
+MIN_PROMPTS_FOR_INTERVAL = 8
 
 
 def build_result(
@@ -35,7 +37,7 @@ def build_result(
         "modes": modes,
         "losslessness": losslessness,
         "errors": count_errors(records),
-        "notes": measurement.notes,
+        "notes": [*timing_notes(modes), *measurement.notes],
         "interrupted": measurement.interrupted,
         "client_cpu_share": measurement.client_cpu_share,
         "requests": [request_row(record) for record in records],
@@ -45,7 +47,10 @@ def build_result(
 
 def mode_figures(mode: ModeRun) -> dict[str, Any]:
     """Every figure of one mode; what was not measured is None."""
-    tpots = {arm: median_tpots(mode.records, arm) for arm in (PLAIN, SPEC)}
+    repeats = {arm: tpots_by_prompt(mode.records, arm) for arm in (PLAIN, SPEC)}
+    tpots = {arm: {i: statistics.median(values) for i, values in repeats[arm].items()} for arm in repeats}
+    # Of the plain arm: speculative timings also move with what is accepted, which sampling changes.
+    spreads = [relative_spread(values) for values in repeats[PLAIN].values()]
     ratios = {
         index: speedup(tpots[PLAIN][index], tpots[SPEC][index])
         for index in sorted(tpots[PLAIN].keys() & tpots[SPEC].keys())
@@ -64,6 +69,7 @@ def mode_figures(mode: ModeRun) -> dict[str, Any]:
         "spec_tpot_sec": _median(list(tpots[SPEC].values())),
         "speedup_median": _median(list(ratios.values())),
         "speedup_ci95": list(interval) if interval else None,
+        "tpot_repeat_spread": _median([spread for spread in spreads if spread is not None]),
         "greedy_identity_rate": None,
         "num_requests": len(mode.records),
         "num_drafts": counts.num_drafts,
@@ -75,14 +81,32 @@ def mode_figures(mode: ModeRun) -> dict[str, Any]:
     }
 
 
-def median_tpots(records: list[Record], arm: str) -> dict[int, float]:
-    """Per prompt the median TPOT (seconds) over the repeats of one arm; requests with an error have none."""
+def tpots_by_prompt(records: list[Record], arm: str) -> dict[int, list[float]]:
+    """Per prompt the TPOT (seconds) of each repeat on one arm; requests with an error have none."""
     by_prompt: dict[int, list[float]] = {}
     for record in records:
         tpot = record.result.tpot_sec
         if record.arm == arm and tpot is not None and tpot > 0:
             by_prompt.setdefault(record.prompt_index, []).append(tpot)
-    return {index: statistics.median(values) for index, values in by_prompt.items()}
+    return by_prompt
+
+
+def timing_notes(modes: dict[str, dict[str, Any]]) -> list[str]:
+    """Why the timings of a mode deserve less trust than their interval suggests; usually empty."""
+    notes = []
+    for name, figures in modes.items():
+        spread, num_prompts = figures["tpot_repeat_spread"], len(figures["speedup_by_prompt"])
+        if spread is not None and spread > MAX_REPEAT_SPREAD:
+            notes.append(
+                f"{name}: plain TPOT of the same prompt differed by {100 * spread:.0f}% between repeats: "
+                "the machine was not quiet, so do not trust the speed-up"
+            )
+        if num_prompts < MIN_PROMPTS_FOR_INTERVAL:
+            notes.append(
+                f"{name}: only {num_prompts} prompts were timed on both servers; an interval wants "
+                f"{MIN_PROMPTS_FOR_INTERVAL} or more"
+            )
+    return notes
 
 
 def arm_figures(mode: ModeRun, arm: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("TPOT speculative", [millis(m["spec_tpot_sec"]) for m in modes]),
         ("speed-up (median of prompts)", [times(m["speedup_median"]) for m in modes]),
         ("  95% interval", [span(m["speedup_ci95"]) for m in modes]),
+        ("plain TPOT between repeats", [percent(m["tpot_repeat_spread"]) for m in modes]),
         ("greedy identity rate", [percent(m["greedy_identity_rate"]) for m in modes]),
         ("tokens/s plain → speculative", [_throughputs(m) for m in modes]),
         ("requests (errors)", [f"{m['num_requests']} ({sum(m['errors'].values())})" for m in modes]),

@@ -16,7 +16,7 @@ from specdec.evaluation.client import RequestResult
 from specdec.evaluation.losslessness import BUG, TIE, judge_margin
 from specdec.evaluation.measure import ModeRun, Record, schedule
 from specdec.evaluation.prompts import load_prompts
-from specdec.evaluation.summary import mode_figures
+from specdec.evaluation.summary import mode_figures, timing_notes
 from specdec.metrics import AcceptanceCounts, first_divergence, percentile
 
 PAGE = """\
@@ -128,6 +128,16 @@ def test_a_planted_slowdown_is_seen(slowdown):
     figures = mode_figures(synthetic_mode(slowdown))
     assert figures["speedup_median"] == pytest.approx(1 / slowdown, rel=0.03)
     assert figures["speedup_ci95"][1] < 1
+
+
+def test_a_noisy_machine_and_too_few_prompts_are_said():
+    quiet = mode_figures(synthetic_mode(1.0))
+    assert quiet["tpot_repeat_spread"] < 0.1 and timing_notes({"greedy": quiet}) == []
+    mode = synthetic_mode(1.0, num_prompts=4)
+    for record in mode.records:
+        record.result.e2e_sec *= 1 + 0.5 * record.repeat
+    noisy, few = timing_notes({"greedy": mode_figures(mode)})
+    assert "not quiet" in noisy and "only 4 prompts" in few
 
 
 def test_failed_requests_count_as_errors_and_give_no_timing():

@@ -28,6 +28,13 @@ CONTRACT = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Drawing takes most of the time; the tests that look at the report draw."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr("specdec.evaluation.report.draw_plots", lambda result: [])
+
+
 def run(plain, spec, tmp_path, **options):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
@@ -91,16 +98,19 @@ def test_the_arms_take_turns_and_warm_up_is_not_counted(tmp_path):
     assert sorted(prompts) == sorted(PROMPTS)
 
 
-def test_a_planted_slowdown_is_visible_and_a_a_is_not(tmp_path):
-    plain, spec = FakeServer(step_sec=0.01, num_tokens=8), FakeServer(step_sec=0.012, num_tokens=8)
+def test_a_planted_slowdown_is_visible_over_http(tmp_path):
+    plain, spec = FakeServer(step_sec=0.02, num_tokens=6), FakeServer(step_sec=0.024, num_tokens=6)
     spec.speculative = True
-    slow = run(plain, spec, tmp_path, sampled=False)
-    assert slow["summary"]["speedup_median"] == pytest.approx(1 / 1.2, rel=0.08)
-    assert slow["summary"]["speedup_ci95"][1] < 1
-    server = FakeServer(step_sec=0.01, num_tokens=8)
+    summary = run(plain, spec, tmp_path, sampled=False, repeats=1)["summary"]
+    # Loose, because the machine that runs tests may be busy; the statistics are tested on synthetic timings.
+    assert 0.7 < summary["speedup_median"] < 0.95
+
+
+def test_one_server_as_both_arms_is_an_a_a_run(tmp_path):
+    server = FakeServer(step_sec=0.01, num_tokens=6)
     same = run(server, server, tmp_path, sampled=False, repeats=1)
-    assert same["summary"]["speedup_median"] == pytest.approx(1, abs=0.08)
-    assert same["summary"]["greedy_identity_rate"] == 1.0
+    assert 0.8 < same["summary"]["speedup_median"] < 1.25
+    assert same["summary"]["greedy_identity_rate"] == 1.0 and same["summary"]["acceptance_length"] is None
     assert any("A/A" in note for note in same["notes"]) and any("spec_decode" in note for note in same["notes"])
 
 
@@ -171,7 +181,7 @@ def test_trained_acceptance_comes_from_the_manifest(tmp_path, monkeypatch):
             evaluate(config, "fake", head, path, tmp_path / "out", plain.url, spec.url)
     assert result["summary"]["trained_acceptance_length"] == pytest.approx(3.0)
     assert result["provenance"]["head"]["name"] == "eagle3"
-    assert render_report(result).count("measured by training") >= 1
+    assert "measured by training" in render_report(result)
 
 
 def test_bad_arguments_are_refused_early(tmp_path):
