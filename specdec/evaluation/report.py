@@ -67,7 +67,7 @@ def _lede(result: dict[str, Any]) -> str:
     return (
         f"{facts.get('num_prompts')} prompts, {facts.get('repeats')} repeats, "
         f"up to {facts.get('max_new_tokens')} tokens, "
-        f"concurrency {facts.get('concurrency')}, K = {facts.get('num_speculative_tokens')}, on {device}. "
+        f"concurrency {facts.get('concurrency')}, K = {facts.get('num_speculative_tokens') or 'unknown'}, on {device}. "
         f"{facts.get('created')}"
     )
 

@@ -31,13 +31,15 @@ def build_result(
     greedy["greedy_identity_rate"] = losslessness["greedy_identity_rate"]
     greedy["trained_acceptance_length"] = trained.acceptance_length if trained else None
     greedy["trained_per_position_rates"] = trained.per_position_rates if trained else None
+    doubts = timing_notes(modes)
     records = [record for mode in measurement.modes.values() for record in mode.records]
     return {
         "summary": {key: greedy[key] for key in SUMMARY_KEYS},
         "modes": modes,
         "losslessness": losslessness,
         "errors": count_errors(records),
-        "notes": [*timing_notes(modes), *measurement.notes],
+        "notes": [*doubts, *measurement.notes],
+        "timings_in_doubt": bool(doubts),
         "interrupted": measurement.interrupted,
         "client_cpu_share": measurement.client_cpu_share,
         "requests": [request_row(record) for record in records],

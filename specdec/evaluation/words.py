@@ -26,7 +26,8 @@ def headline(result: dict[str, Any]) -> str:
         parts.append(f"{summary['acceptance_length']:.2f} tokens per verification")
     if summary["greedy_identity_rate"] is not None:
         parts.append(f"{percent(summary['greedy_identity_rate'])} of greedy outputs identical")
-    return "; ".join(parts) + "."
+    doubt = " The timings are in doubt, see the notes." if result["timings_in_doubt"] else ""
+    return "; ".join(parts) + "." + doubt
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
