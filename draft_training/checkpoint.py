@@ -31,7 +31,8 @@ def save_checkpoint(work_dir: Path, tree: dict[str, Any]) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(
-            f"cannot write the checkpoint in {work_dir} ({error}); the previous one is kept: free some space and run again"
+            f"cannot write the checkpoint in {work_dir} ({error}); the previous one is kept: "
+            "free some space and run again"
         ) from error
 
 

@@ -26,7 +26,7 @@ LOGITS_CHUNK_TOKENS = 512  # bounds the [tokens, vocabulary] buffer
 
 @dataclass(kw_only=True, slots=True)
 class RowFeatures:
-    """Of one row of T tokens: aux [T, A, H] and final [T, H] in the target's dtype, float32 logsumexp [T], argmax [T]."""
+    """Of a row of T tokens: aux [T, A, H], final [T, H] in the target's dtype, float32 logsumexp [T], argmax [T]."""
 
     aux_hidden: Tensor
     final_hidden: Tensor
@@ -57,7 +57,9 @@ class TargetModel:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(target.path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            target.path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
         return cls(model.to(device.kind))
 
     @property
@@ -97,7 +99,10 @@ class TargetModel:
             logsumexps.append(logits.logsumexp(-1))
             argmaxes.append(logits.argmax(-1))
         return RowFeatures(
-            aux_hidden=aux.clone(), final_hidden=final.clone(), logsumexp=torch.cat(logsumexps), argmax=torch.cat(argmaxes)
+            aux_hidden=aux.clone(),
+            final_hidden=final.clone(),
+            logsumexp=torch.cat(logsumexps),
+            argmax=torch.cat(argmaxes),
         )
 
 

@@ -1,4 +1,4 @@
-"""Traces or prompts -> token-exact rows on disk: ``train/`` and ``val/`` (Arrow), ``card.json``, ``val_prompts.jsonl``."""
+"""Traces or prompts -> token-exact rows: ``train/`` and ``val/`` (Arrow), ``card.json``, ``val_prompts.jsonl``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
     """
     traces = config.traces
     if traces.files and traces.prompts:
-        raise ValueError("give trace files or a prompt file, not both: traces are read as they are, prompts are answered")
+        raise ValueError("give trace files or a prompt file, not both: traces are read, prompts are answered")
     target = resolve_target(config.target)
     settings = _settings(config, target)
     _claim(out_dir, settings)
@@ -99,7 +99,8 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
         earlier = json.loads(path.read_text())
         if earlier != settings:
             differing = [key for key in settings if earlier.get(key) != settings[key]]
-            raise ValueError(f"{out_dir} holds rows of other settings ({', '.join(differing)}); pass another --out or delete it")
+            names = ", ".join(differing)
+            raise ValueError(f"{out_dir} holds rows of other settings ({names}); pass another --out or delete it")
     else:
         write_json_atomic(path, settings)
 
@@ -179,8 +180,12 @@ def load_rows(directory: Path) -> list[TokenRow]:
         table = load_from_disk(str(directory))
     except Exception as error:  # datasets raises its own kinds for missing and damaged files
         raise ValueError(f"{directory} holds no rows ({error}); make them with `specdec prepare`") from error
-    spans = ("prompt_span", "think_span", "answer_span")
-    return [TokenRow(**{key: tuple(v) if key in spans else v for key, v in item.items()}) for item in table.to_list()]
+    rows = []
+    for item in table.to_list():
+        for span in ("prompt_span", "think_span", "answer_span"):
+            item[span] = tuple(item[span])
+        rows.append(TokenRow(**item))
+    return rows
 
 
 def _describe(rows: list[TokenRow]) -> dict[str, Any]:

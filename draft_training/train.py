@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from draft_training.heads import HeadSpec, load_head
-from draft_training.interrupt import Interrupted
 from draft_training.prepare import CARD_NAME, load_rows, prepare
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
@@ -54,7 +53,7 @@ def train(config: RunConfig, source: Path | None, out_dir: Path) -> HeadManifest
 def _rows_directory(config: RunConfig, source: Path | None, out_dir: Path) -> Path:
     if source is not None and source.is_dir():
         if not (source / CARD_NAME).is_file():
-            raise ValueError(f"{source} holds no {CARD_NAME}: not a finished `specdec prepare` directory; run that first")
+            raise ValueError(f"{source} holds no {CARD_NAME}: no finished `specdec prepare` directory; run that first")
         return source
     if source is not None:
         config.traces.files = [str(source)]
@@ -125,8 +124,14 @@ def _train_rows(
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
     head.to(target_model.device)
     trainer = Trainer(
-        head=head, train_store=stores["train"], val_store=stores["val"], config=config.train,
-        precision=_precision(config, device), on_policy=on_policy, work_dir=out_dir / "work", identity=identity,
+        head=head,
+        train_store=stores["train"],
+        val_store=stores["val"],
+        config=config.train,
+        precision=_precision(config, device),
+        on_policy=on_policy,
+        work_dir=out_dir / "work",
+        identity=identity,
     )
     trainer.run()
     export_dtype = torch.bfloat16

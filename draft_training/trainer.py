@@ -25,6 +25,8 @@ from specdec.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+POOL_ROWS = 64
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
@@ -46,8 +48,8 @@ def plan_batches(store: FeatureStore, config: TrainConfig) -> list[list[int]]:
         order = list(range(len(store.rows)))
         rng.shuffle(order)
         # Sorting whole pools by length keeps padding low without ordering the epoch by length.
-        pool = 64
-        pools = [sorted(order[i : i + pool], key=lambda i: len(store.rows[i].input_ids)) for i in range(0, len(order), pool)]
+        slices = [order[i : i + POOL_ROWS] for i in range(0, len(order), POOL_ROWS)]
+        pools = [sorted(members, key=lambda i: len(store.rows[i].input_ids)) for members in slices]
         groups = [group for members in pools for group in length_groups(members, store.rows, config.batch_tokens)]
         rng.shuffle(groups)
         batches += groups

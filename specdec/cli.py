@@ -65,7 +65,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 def prepare(
     out: Out,
     target: Target = None,
-    traces: Annotated[list[Path] | None, typer.Option(help="Existing reasoning traces (JSONL); may be repeated.")] = None,
+    traces: Annotated[list[Path] | None, typer.Option(help="Reasoning traces (JSONL); may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts for the target to answer (JSONL or text).")] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -175,7 +175,10 @@ def demo(
 def main() -> None:
     """Console entry point: errors of the user's making become one line and exit code 2."""
     logging.basicConfig(
-        level=os.environ.get("SPECDEC_LOG_LEVEL", "INFO"), format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=os.environ.get("SPECDEC_LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
     for noisy in ("httpx", "vllm", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -13,10 +13,13 @@ LINE_EVERY_SEC = 20.0
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     """Yield ``advance(steps=1, note="")``."""
-    if sys.stderr.isatty():
-        with _rich_bar(description, total) as advance:
-            yield advance
-        return
+    bar = _rich_bar(description, total) if sys.stderr.isatty() else _plain_lines(description, total)
+    with bar as advance:
+        yield advance
+
+
+@contextmanager
+def _plain_lines(description: str, total: int) -> Iterator[Callable[..., None]]:
     done, started, last_line = 0, time.monotonic(), time.monotonic()
 
     def advance(steps: int = 1, note: str = "") -> None:
@@ -35,10 +38,21 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
 @contextmanager
 def _rich_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -24,7 +24,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>", extra_special_tokens=SPECIAL[2:]
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        extra_special_tokens=SPECIAL[2:],
     )
     fast.chat_template = R1_TEMPLATE
     return fast
@@ -36,14 +40,28 @@ def save_tiny_target(directory: Path, kind: str = "llama", seed: int = 0) -> Pat
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     shared = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.2,
     }
     if kind == "llama":
-        rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope, **shared))
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope, **shared)
+        )
     else:
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + 26, tie_word_embeddings=False, **shared))
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)

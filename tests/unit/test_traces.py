@@ -22,7 +22,8 @@ def span_text(row, span):
 
 def test_the_template_would_have_deleted_the_reasoning_and_the_row_keeps_it():
     trace = ReasoningTrace(prompt="2+2?", reasoning="Two and two.", response="4")
-    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"}]
+    reply = "<think>\nTwo and two.\n</think>\n\n4"
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": reply}]
     assert "Two and two" not in TOKENIZER.apply_chat_template(messages, tokenize=False)
     row = tokenize_trace(TOKENIZER, trace)
     assert span_text(row, row.prompt_span) == "<bos><|User|>2+2?<|Assistant|><think>\n"
@@ -89,7 +90,8 @@ def test_tags_inside_the_response_are_taken_apart(tmp_path: Path):
 
 @pytest.mark.data
 def test_real_r1_traces_survive_decoding(tmp_path: Path):
-    lines = gzip.open(Path(os.environ["SPECDEC_DATA_DIR"]) / "r1_traces.jsonl.gz", "rt").readlines()
+    with gzip.open(Path(os.environ["SPECDEC_DATA_DIR"]) / "r1_traces.jsonl.gz", "rt") as file:
+        lines = file.readlines()
     path = tmp_path / "traces.jsonl"
     path.write_text("".join(random.Random(0).sample(lines, 50)))
     for trace in read_traces(path):

@@ -22,7 +22,8 @@ class Eagle3Options:
         Raises:
             ValueError: an id outside 1 .. n - 1, or out of order.
         """
-        ids = self.aux_layer_ids or sorted({min(2, num_hidden_layers - 1), num_hidden_layers // 2, max(1, num_hidden_layers - 3)})
-        if ids != sorted(set(ids)) or ids[0] < 1 or ids[-1] >= num_hidden_layers:
-            raise ValueError(f"aux_layer_ids {ids} must ascend within 1 .. {num_hidden_layers - 1}")
+        n = num_hidden_layers
+        ids = self.aux_layer_ids or sorted({min(2, n - 1), n // 2, max(1, n - 3)})
+        if ids != sorted(set(ids)) or ids[0] < 1 or ids[-1] >= n:
+            raise ValueError(f"aux_layer_ids {ids} must ascend within 1 .. {n - 1}")
         return ids

@@ -27,7 +27,9 @@ class SoftCrossEntropy(torch.autograd.Function):
         logsumexp_N = torch.logsumexp(logits_NV, -1)
         cross_N = torch.einsum("nv,nv->n", probs_NV, logits_NV)
         loss = (weights_N * (mass_N * logsumexp_N - cross_N)).sum()
-        grad_NV = logits_NV.sub_(logsumexp_N[:, None]).exp_().mul_(mass_N[:, None]).sub_(probs_NV).mul_(weights_N[:, None])
+        grad_NV = (
+            logits_NV.sub_(logsumexp_N[:, None]).exp_().mul_(mass_N[:, None]).sub_(probs_NV).mul_(weights_N[:, None])
+        )
         grad_NV = grad_NV.to(hidden_NH.dtype)
         ctx.save_for_backward(grad_NV @ weight_VH, grad_NV.T @ hidden_NH)
         ctx.mark_non_differentiable(best_N)

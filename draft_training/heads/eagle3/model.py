@@ -53,7 +53,9 @@ class TestTimeAttention(nn.Module):
         v = self.v_proj(inputs_BTW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self._rope(k, positions_BT), v
 
-    def forward(self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor) -> Tensor:
+    def forward(
+        self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor
+    ) -> Tensor:
         """Attend to the row's ``prefix`` under ``bias``, and to this anchor's ``own`` keys alone. Returns [B, Q, H]."""
         B, N, Q, D = q_BNQD.shape
         q = (q_BNQD * D**-0.5).reshape(B, self.num_kv_heads, self.num_groups * Q, D)
@@ -85,7 +87,9 @@ class Eagle3Layer(nn.Module):
     def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Attention input [..., 2H] and the residual stream [..., H]."""
         normed = self.hidden_norm(hidden)
-        return torch.cat([self.input_layernorm(embeds), normed], dim=-1), normed if self.norm_before_residual else hidden
+        return torch.cat(
+            [self.input_layernorm(embeds), normed], dim=-1
+        ), normed if self.norm_before_residual else hidden
 
     def outputs(self, attended: Tensor, residual: Tensor) -> Tensor:
         """What follows attention: the residual stream after the layer."""
@@ -140,6 +144,7 @@ class Eagle3Head(nn.Module):
         bias.masked_fill_(positions_BT[:, None] > anchors_BQ[:, :, None], torch.finfo(bias.dtype).min)
         inputs, residual = _gather(everywhere, anchors_BQ), _gather(residual, anchors_BQ)
         own: list[tuple[Tensor, Tensor]] = []
+        hidden = drafted = torch.empty(0)  # set by the first pass
         for j in range(self.num_speculative_tokens):
             if j:
                 tokens_BQ = drafted if own_drafts else input_ids_BT.gather(1, (anchors_BQ + 1 + j).clamp(max=last))
