@@ -41,7 +41,7 @@ def failure_cause(lines: list[str], returncode: int | None) -> str:
     for line in reversed(lines):
         if _CAUSE.search(line) and not any(wrapper in line.lower() for wrapper in _WRAPPERS):
             return _PREFIX.sub("", line.strip())
-    if returncode == 128 + signal.SIGKILL:
+    if returncode in (128 + signal.SIGKILL, -signal.SIGKILL):
         return "killed by signal 9 (out of memory?)"
     return f"exit status {returncode}"
 
