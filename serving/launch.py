@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.flags import ServerFlags
 from specdec.config import ServeConfig, TargetConfig
-from specdec.device import Device, preload_value
+from specdec.device import Device, vllm_environment
 from specdec.manifest import HeadManifest
 from specdec.targets import Target
 
@@ -202,30 +202,10 @@ def _add_limits(
 
 
 def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ: Mapping[str, str]) -> dict[str, str]:
-    if device.kind != "cpu":
-        return {}
-    env = {"VLLM_CPU_KVCACHE_SPACE": str(serve.kv_cache_gib)}
-    preload = preload_value(environ.get("LD_PRELOAD", ""))
-    if preload:
-        env["LD_PRELOAD"] = preload
-    bind = serve.threads_bind
-    # vLLM's own "auto" keeps a core back and skips hyperthreads; all cores measured faster. With several ranks
-    # the cores must be dealt out by NUMA node, which vLLM does itself.
-    if bind == "auto" and (user.get_int("--tensor-parallel-size") or 1) == 1:
-        bind = environ.get("VLLM_CPU_OMP_THREADS_BIND") or core_ranges(device.core_ids)
-    env["VLLM_CPU_OMP_THREADS_BIND"] = bind
+    env = vllm_environment(device, environ, serve.threads_bind, serve.kv_cache_gib)
+    if env and serve.threads_bind == "auto" and (user.get_int("--tensor-parallel-size") or 1) > 1:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "auto"  # several ranks share the cores by NUMA node, as vLLM deals them
     return env
-
-
-def core_ranges(core_ids: tuple[int, ...]) -> str:
-    """Core ids in the short form that vLLM reads: (0, 1, 2, 5) gives ``0-2,5``."""
-    spans: list[list[int]] = []
-    for core in sorted(core_ids):
-        if spans and core == spans[-1][1] + 1:
-            spans[-1][1] = core
-        else:
-            spans.append([core, core])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def _client_host(host: str) -> str:

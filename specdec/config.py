@@ -93,7 +93,7 @@ class EvalConfig:
     num_prompts: int = 16
     max_new_tokens: int = 128
     concurrency: int = 1
-    repeats: int = 2
+    repeats: int = 2  # of the greedy mode; the sampled one is measured once
     sampled: bool = True  # also measure at the target's default sampling
     seed: int = 0
 

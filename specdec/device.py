@@ -75,16 +75,25 @@ def preload_value(existing: str = "") -> str:
 def vllm_environment(
     device: Device, existing: Mapping[str, str], threads_bind: str = "auto", kv_cache_gib: int = 2
 ) -> dict[str, str]:
-    """Environment variables for a vLLM process on ``device``; what ``existing`` already sets is kept.
+    """Environment variables for a vLLM process on ``device``; ``existing`` is what it inherits.
 
     vLLM's own thread binding keeps one core back; on few cores that core is worth more in the matrix products.
     """
     if device.kind != "cpu":
         return {}
-    wanted = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, device.core_ids)) if threads_bind == "auto" else threads_bind,
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-    }
-    environment = {name: existing.get(name, value) for name, value in wanted.items()}
-    environment["LD_PRELOAD"] = preload_value(existing.get("LD_PRELOAD", ""))
-    return environment
+    if threads_bind == "auto":
+        threads_bind = existing.get("VLLM_CPU_OMP_THREADS_BIND") or core_ranges(device.core_ids)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": threads_bind, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+    preload = preload_value(existing.get("LD_PRELOAD", ""))
+    return environment | ({"LD_PRELOAD": preload} if preload else {})
+
+
+def core_ranges(core_ids: tuple[int, ...]) -> str:
+    """Core ids in the short form that vLLM reads: (0, 1, 2, 5) gives ``0-2,5``."""
+    spans: list[list[int]] = []
+    for core in sorted(core_ids):
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -122,7 +122,7 @@ def read_prompts(path: Path) -> list[str]:
         return prompts
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a .jsonl or a text file of prompts")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    prompts = [line.strip() for line in path.read_text().split("\n") if line.strip()]  # U+2028 may be in one
     if not prompts:
         raise ValueError(f"{path} is empty; it needs one prompt a line")
     return prompts

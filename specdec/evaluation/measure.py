@@ -63,7 +63,7 @@ class Measurement:
 
 def num_requests(config: EvalConfig, num_prompts: int) -> int:
     """How many requests ``measure`` counts."""
-    return num_prompts * 2 * config.repeats * (2 if config.sampled else 1)
+    return num_prompts * 2 * (config.repeats + (1 if config.sampled else 0))
 
 
 def measure(
@@ -139,7 +139,9 @@ class _Session:
         indices = list(range(len(self.measurement.prompts)))
         blocks = [indices[i : i + self.config.concurrency] for i in range(0, len(indices), self.config.concurrency)]
         seed = f"{self.config.seed}/{mode.name}"
-        for repeat, number, order in schedule(len(blocks), self.config.repeats, seed):
+        # Sampled outputs differ in length and content between repeats: more prompts tell more than more repeats.
+        repeats = self.config.repeats if mode.name == GREEDY else 1
+        for repeat, number, order in schedule(len(blocks), repeats, seed):
             for arm in order:
                 await self._block(mode, repeat, blocks[number], clients[arm])
 

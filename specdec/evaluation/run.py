@@ -18,7 +18,6 @@ from specdec.evaluation.acceptance import trained_acceptance
 from specdec.evaluation.arms import PLAIN, SPEC, Arm, given_arms, started_arms
 from specdec.evaluation.losslessness import check_losslessness
 from specdec.evaluation.measure import Measurement, measure, num_requests
-from specdec.evaluation.prompts import load_prompts
 from specdec.evaluation.report import render_report
 from specdec.evaluation.summary import build_result
 from specdec.manifest import HeadManifest
@@ -26,6 +25,7 @@ from specdec.metrics import AcceptanceCounts
 from specdec.progress import progress_bar
 from specdec.record import provenance, text_sha256, write_json_atomic
 from specdec.targets import resolve_target
+from specdec.traces import read_prompts
 
 
 def evaluate(
@@ -50,7 +50,7 @@ def evaluate(
     """
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, name=target_name))
     console = Console(stderr=True)
-    texts = load_prompts(prompts, config.eval.num_prompts)
+    texts = read_prompts(prompts)[: config.eval.num_prompts]
     manifest, sampling = _check_head(config, head_dir)
     with _arms(config, head_dir, out_dir, plain_url, spec_url, console) as arms:
         with progress_bar("measuring", num_requests(config.eval, len(texts))) as advance:

@@ -15,9 +15,9 @@ from specdec.evaluation.arms import PLAIN, SPEC
 from specdec.evaluation.client import RequestResult
 from specdec.evaluation.losslessness import BUG, TIE, judge_margin
 from specdec.evaluation.measure import ModeRun, Record, schedule
-from specdec.evaluation.prompts import load_prompts
 from specdec.evaluation.summary import mode_figures, timing_notes
 from specdec.metrics import AcceptanceCounts, first_divergence, percentile
+from specdec.traces import read_prompts
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -74,28 +74,27 @@ def test_trained_acceptance_needs_every_prompt_and_clips_to_the_served_width():
 def test_prompts_from_jsonl_and_text(tmp_path):
     jsonl = tmp_path / "p.jsonl"
     jsonl.write_text('{"prompt": "one\u2028still one"}\n\n{"problem": "two", "answer": 2}\n{"question": "three"}\n')
-    assert load_prompts(jsonl, 10) == ["one\u2028still one", "two", "three"]
-    assert load_prompts(jsonl, 2) == ["one\u2028still one", "two"]
+    assert read_prompts(jsonl) == ["one\u2028still one", "two", "three"]
     text = tmp_path / "p.txt"
     text.write_text("first\n\nsecond\n")
-    assert load_prompts(text, 10) == ["first", "second"]
+    assert read_prompts(text) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompts"),
+        ("", "is empty"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
-        ('{"prompt": "a"}\n[1]', "line 2: wants an object"),
-        ('{"text": "a"}', "line 1: no field"),
-        ('{"prompt": 3}', "line 1: field 'prompt'"),
+        ('{"prompt": "a"}\n[1]', "line 2: want a JSON object"),
+        ('{"text": "a"}', "line 1: no prompt"),
+        ('{"prompt": 3}', "line 1: no prompt"),
     ],
 )
 def test_bad_prompt_files_name_the_line(tmp_path, content, message):
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_prompts(path, 10)
+        read_prompts(path)
 
 
 def test_schedule_is_seeded_random_and_balanced():

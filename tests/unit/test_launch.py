@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from serving import launch
-from serving.launch import ServerPlan, core_ranges, plan_server
+from serving.launch import ServerPlan, plan_server
 from serving.serve import serve
 from serving.sockets import check_port_free
 from specdec.config import RunConfig, ServeConfig, TargetConfig
-from specdec.device import Device
+from specdec.device import Device, core_ranges
 from specdec.manifest import HeadManifest
 from specdec.targets import Target
 
