@@ -1,0 +1,64 @@
+"""prepare, train, serve and eval through the command line, on a tiny random target, with real vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny_target
+
+pytestmark = pytest.mark.vllm
+
+SETTINGS = (
+    "traces.max_new_tokens=48", "traces.temperature=0.0", "traces.val_fraction=0.2",
+    "head.options.draft_vocab_size=200", "train.epochs=30", "train.batch_tokens=256", "train.learning_rate=0.003",
+    "serve.enforce_eager=true", "serve.max_model_len=256", "serve.kv_cache_gib=1", "serve.max_num_seqs=4",
+    "eval.num_prompts=4", "eval.max_new_tokens=48", "eval.repeats=1", "eval.sampled=true",
+)  # fmt: skip
+SUMMARY_KEYS = {
+    "acceptance_length", "acceptance_rate", "per_position_rates", "trained_acceptance_length", "plain_tpot_sec",
+    "spec_tpot_sec", "speedup_median", "speedup_ci95", "greedy_identity_rate", "num_requests",
+}  # fmt: skip
+PROVENANCE_KEYS = {
+    "command", "git_sha", "git_dirty", "versions", "hardware", "target", "head", "num_speculative_tokens",
+    "temperature", "prompts_sha256",
+}  # fmt: skip
+
+
+def specdec(*arguments: object) -> dict:
+    command = [sys.executable, "-m", "specdec", *map(str, arguments), *(f"--set={item}" for item in SETTINGS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.strip().splitlines()
+    return json.loads(line)
+
+
+def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: Path):
+    target = save_tiny_target(tmp_path / "target")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"What is {i} plus {i + 7}?\n" for i in range(24)))
+    rows, head, out = tmp_path / "rows", tmp_path / "head", tmp_path / "out"
+
+    card = specdec("prepare", "--target", target, "--prompts", prompts, "--out", rows)
+    assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 24
+    completions = (rows / "completions.jsonl").read_text()
+    assert specdec("prepare", "--target", target, "--prompts", prompts, "--out", rows) == card
+    assert (rows / "completions.jsonl").read_text() == completions
+
+    trained = specdec("train", "--target", target, "--traces", rows, "--head", "eagle3", "--out", head)
+    assert trained["acceptance_length"] > 1.05
+
+    summary = specdec(
+        "eval", "--target", target, "--head", head, "--prompts", rows / "val_prompts.jsonl", "--out", out
+    )
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["summary"]) >= SUMMARY_KEYS and set(result["provenance"]) >= PROVENANCE_KEYS
+    assert result["errors"] == {}
+    assert summary["greedy_identity_rate"] == 1.0
+    assert summary["acceptance_length"] == pytest.approx(summary["trained_acceptance_length"], rel=0.05)
+    assert len(summary["speedup_ci95"]) == 2 and summary["plain_tpot_sec"] > 0
+    assert "<svg" in (out / "report.html").read_text()
