@@ -7,10 +7,12 @@ that two processes may start at once and a kill leaves nothing half done.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -246,9 +248,10 @@ def _convert_embedded(embedded: EmbeddedTarget, name: str, root: Path, final: Pa
     disable_progress_bar()
     temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}.", suffix=".tmp"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch, and takes two seconds
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
         model.generation_config.update(do_sample=True, **embedded.sampling)
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
