@@ -1,0 +1,35 @@
+"""The mended kernel against what it should do, and vLLM's own against it: the day that one is right, this fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serving.vllm_plugin import expand, register
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+def test_values_reach_every_token_of_their_request(dtype):
+    output = torch.full((6,), -1, dtype=dtype)
+    expand(output, torch.tensor([0, 7, 5], dtype=dtype), torch.tensor([3, 3, 6], dtype=torch.int32), 0, 1)
+    assert output.tolist() == [1, 1, 1, 5, 5, 5]
+
+
+def test_vllm_still_needs_it_and_gets_it():
+    platforms = pytest.importorskip("vllm.platforms", reason="needs vLLM")
+    if not platforms.current_platform.is_cpu():
+        pytest.skip("the defect is the CPU build's")
+    platforms.current_platform.import_kernels()
+    from vllm.utils import cpu_triton_utils
+
+    theirs = cpu_triton_utils._expand_kernel_impl
+    arguments = (torch.tensor([0.2, 0.7]), torch.tensor([2, 3], dtype=torch.int32), 0, 1)
+    output = torch.full((3,), -1.0)
+    if theirs is not expand:
+        theirs(output, *arguments)
+        assert output.tolist() == [-1.0] * 3, "vLLM writes the values now: remove serving/vllm_plugin.py"
+    register()
+    cpu_triton_utils._expand_kernel_impl(output, *arguments)
+    torch.testing.assert_close(output, torch.tensor([0.2, 0.2, 0.7]))
