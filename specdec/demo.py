@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 # The embedded target on a CPU, end to end in minutes. Everything else is the tool's own default.
 DEMO_SETTINGS = (
     "target.name=smollm2-135m",
-    "traces.num_prompts=220",
+    "traces.num_prompts=200",
     "traces.max_new_tokens=128",
     "traces.temperature=0.0",
-    "traces.val_fraction=0.046",
+    "traces.val_fraction=0.05",
     "head.options.draft_vocab_size=2048",
     "train.epochs=6",
     "train.batch_tokens=512",
@@ -25,7 +25,7 @@ DEMO_SETTINGS = (
     "serve.max_model_len=1024",
     "serve.max_num_seqs=4",
     "serve.kv_cache_gib=1",
-    "eval.num_prompts=10",
+    "eval.num_prompts=8",
     "eval.max_new_tokens=128",
 )
 

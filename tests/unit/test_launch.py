@@ -73,6 +73,8 @@ def test_a_cpu_plan_prefills_each_prompt_in_one_step_with_room_for_running_reque
     assert "--no-enable-chunked-prefill" in planned.argv
     assert int(flag(planned, "--max-num-batched-tokens")) == launch.CPU_DEFAULT_MODEL_LEN + 16 * 4
     assert planned.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    many = plan(device=Device(kind="cpu", core_ids=tuple(range(8)), native_bf16=True))
+    assert many.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-7"
     assert planned.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
     expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
     assert json.loads(flag(planned, "--speculative-config")) == expected
