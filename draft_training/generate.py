@@ -55,6 +55,7 @@ def generate_completions(
         logger.info("resuming: %d of %d completions are there", len(requests) - len(todo), len(requests))
     os.environ.update(vllm_environment(device, existing=os.environ))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # our stdout is data
     engine = _start_engine(target, dtype, device, traces, max(map(len, todo.values())))
     prompts = list(todo)
     for index, prompt in enumerate(prompts):
