@@ -38,7 +38,7 @@ def specdec(*arguments: object) -> dict:
 
 
 def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: Path):
-    target = save_tiny_target(tmp_path / "target")
+    target = save_tiny_target(tmp_path / "target", initializer_range=0.15)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"What is {i} plus {i + 7}?\n" for i in range(24)))
     rows, head, out = tmp_path / "rows", tmp_path / "head", tmp_path / "out"
