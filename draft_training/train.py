@@ -106,6 +106,7 @@ def _train_rows(
     import torch
 
     from draft_training.features import FeatureStore, TargetModel
+    from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
     device = detect_device()
@@ -138,8 +139,6 @@ def _train_rows(
     with torch.no_grad():  # what is measured and reported is the exported head, rounding included
         for parameter in head.parameters():
             parameter.copy_(parameter.to(export_dtype).float())
-    from draft_training.selection import held_out_acceptance
-
     acceptance = held_out_acceptance(head, stores["val"], on_policy, config.train.batch_tokens)
     head.export(out_dir, export_dtype)
     state = trainer.state

@@ -19,7 +19,7 @@ import torch
 from draft_training.checkpoint import load_checkpoint, save_checkpoint
 from draft_training.features import FeatureStore, length_groups
 from draft_training.interrupt import Interrupted
-from draft_training.selection import HeldOutAcceptance, held_out_acceptance
+from draft_training.selection import held_out_acceptance
 from specdec.config import TrainConfig
 from specdec.progress import progress_bar
 
@@ -99,7 +99,7 @@ class Trainer:
         total = len(self.batches)
         return {round(total * (i + 1) / self.config.num_evals) for i in range(self.config.num_evals)} | {total}
 
-    def run(self) -> HeldOutAcceptance:
+    def run(self) -> None:
         """Train to the end (resuming where an earlier run stopped); leaves the best weights in ``head``.
 
         Raises:
@@ -114,7 +114,6 @@ class Trainer:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
         self.head.load_state_dict(self.best_weights)
-        return held_out_acceptance(self.head, self.val_store, self.on_policy, self.config.batch_tokens)
 
     def _loop(self) -> None:
         total, state, eval_steps = len(self.batches), self.state, self.eval_steps
