@@ -47,10 +47,7 @@ class AcceptanceCounts:
     def _combine(self, other: AcceptanceCounts, sign: int) -> AcceptanceCounts:
         def vector(a: list[int], b: list[int]) -> list[int]:
             width = max(len(a), len(b))
-            return [
-                x + sign * y
-                for x, y in zip(a + [0] * (width - len(a)), b + [0] * (width - len(b)), strict=True)
-            ]
+            return [x + sign * y for x, y in zip(a + [0] * (width - len(a)), b + [0] * (width - len(b)), strict=True)]
 
         return AcceptanceCounts(
             num_drafts=self.num_drafts + sign * other.num_drafts,

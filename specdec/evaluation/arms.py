@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import RunConfig, dump_yaml
+from specdec.device import detect_device, staggered_binding
 
 PLAIN = "plain"
 SPEC = "spec"
@@ -77,14 +78,22 @@ def started_arms(config: RunConfig, target_name: str, head_dir: Path, out_dir: P
     decoding = {PLAIN: ["--no-speculation"], SPEC: ["--head", str(head_dir)]}
     servers: list[_Server] = []
     try:
-        for (name, options), port in zip(decoding.items(), free_ports(len(decoding)), strict=True):
+        ports = free_ports(len(decoding))
+        for turn, (name, options) in enumerate(decoding.items()):
             command = [sys.executable, "-m", "specdec", "serve", "--target", target_name, *options]
-            command += ["--port", str(port), "--config", str(config_path)]
+            command += ["--port", str(ports[turn]), "--config", str(config_path), *_binding(config, turn)]
             servers.append(_Server(name, command, out_dir / f"{name}-server.log"))
         deadline = time.monotonic() + config.serve.startup_timeout_sec
         yield {server.name: arm for server, arm in zip(servers, _await_ready(servers, deadline), strict=True)}
     finally:
         _stop(servers)
+
+
+def _binding(config: RunConfig, turn: int) -> list[str]:
+    device = detect_device()
+    if device.kind != "cpu" or config.serve.threads_bind != "auto" or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return []
+    return ["--set", f"serve.threads_bind={staggered_binding(device, turn)}"]
 
 
 def free_ports(count: int) -> list[int]:

@@ -52,9 +52,7 @@ def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: 
     trained = specdec("train", "--target", target, "--traces", rows, "--head", "eagle3", "--out", head)
     assert trained["acceptance_length"] > 1.05
 
-    summary = specdec(
-        "eval", "--target", target, "--head", head, "--prompts", rows / "val_prompts.jsonl", "--out", out
-    )
+    summary = specdec("eval", "--target", target, "--head", head, "--prompts", rows / "val_prompts.jsonl", "--out", out)
     result = json.loads((out / "result.json").read_text())
     assert set(result["summary"]) >= SUMMARY_KEYS and set(result["provenance"]) >= PROVENANCE_KEYS
     assert result["errors"] == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specdec import device
-from specdec.device import Device, detect_device, preload_value
+from specdec.device import Device, detect_device, preload_value, staggered_binding, vllm_environment
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_preload_puts_ours_first_and_names_nothing_twice(monkeypatch):
     assert preload_value(preload_value("/my/lib.so")) == preload_value("/my/lib.so")
     monkeypatch.setattr(device, "find_openmp", lambda: None)
     assert preload_value("/my/lib.so") == "/my/lib.so"
+
+
+def test_a_cpu_server_uses_the_compile_cache_that_works(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("SPECDEC_CACHE_DIR", str(tmp_path))
+    cpu = Device(kind="cpu", core_ids=(0, 1), native_bf16=False)
+    environment = vllm_environment(cpu, existing={})
+    assert environment["VLLM_USE_AOT_COMPILE"] == "0"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    chosen = vllm_environment(cpu, existing={"TORCHINDUCTOR_CACHE_DIR": "/mine", "VLLM_USE_AOT_COMPILE": "1"})
+    assert not {"TORCHINDUCTOR_CACHE_DIR", "VLLM_USE_AOT_COMPILE"} & set(chosen)
+
+
+def test_staggered_bindings_start_on_different_cores():
+    cpu = Device(kind="cpu", core_ids=(0, 1, 4), native_bf16=False)
+    assert [staggered_binding(cpu, turn) for turn in range(4)] == ["0,1,4", "1,4,0", "4,0,1", "0,1,4"]

@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from specdec.config import RunConfig
+from specdec.config import RunConfig, load_config
+from specdec.device import Device
 from specdec.evaluation import acceptance, arms
 from specdec.evaluation.arms import PLAIN, SPEC
 from specdec.evaluation.client import RequestResult
@@ -192,6 +193,15 @@ def start_stand_ins(monkeypatch, tmp_path, fails=False, k=3):
         arms.subprocess, "Popen", lambda command, **kw: popen([sys.executable, str(script), *command[3:]], **kw)
     )
     return arms.started_arms(RunConfig(), "t", tmp_path / "head", tmp_path / "out")
+
+
+def test_servers_that_share_the_cores_compile_on_different_ones(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(arms, "detect_device", lambda: Device(kind="cpu", core_ids=(0, 1), native_bf16=False))
+    bound = [load_config(None, arms._binding(RunConfig(), turn)[1:]).serve.threads_bind for turn in (0, 1)]
+    assert bound == ["0,1", "1,0"]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    assert arms._binding(RunConfig(), 1) == []
 
 
 def test_started_arms_are_ready_and_stopped(monkeypatch, tmp_path):
