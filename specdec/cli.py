@@ -144,20 +144,54 @@ def _vllm_arguments(arguments: list[str]) -> list[str]:
 @app.command(name="eval")
 def evaluate(
     out: Out,
-    prompts: Annotated[Path, typer.Option(help="Prompts to measure on (JSONL or text).")],
     target: Target = None,
     head: HeadDir = None,
-    plain_url: Annotated[str | None, typer.Option(help="A running plain server instead of starting one.")] = None,
-    spec_url: Annotated[str | None, typer.Option(help="A running speculative server instead of starting one.")] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="Benchmark (gsm8k, math500, aime24, ...), NAME=FILE, or a prompt file; may be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts (JSONL or text): a suite of your own.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="name=URL, name=plain or name=key=value,...; the first is the baseline; may be repeated."),
+    ] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests in flight; 1,4,16 is a sweep.")] = None,
+    arrival: Annotated[str | None, typer.Option(help="closed, poisson, gamma:SHAPE or trace:FILE.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Requests per second of an open loop; 0.5,1,2 is a sweep.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sampled answers per prompt.")] = None,
+    thinking_budget: Annotated[str | None, typer.Option(help="Thinking tokens; 256,1024 is a sweep.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of the machine: adds costs to the report.")] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure acceptance, speed-up and losslessness side by side with plain decode."""
+    """Measure acceptance, speed-up, losslessness and accuracy of servers side by side."""
     from specdec.evaluation.run import evaluate as run_evaluate
 
-    run = _load(config, overrides, target)
-    result = run_evaluate(run, run.target.name, head, prompts, out, plain_url, spec_url)
+    lists = {"concurrency": concurrency, "rate": rate, "thinking_budgets": thinking_budget}
+    given = [f"eval.{name}=[{text}]" for name, text in lists.items() if text is not None]
+    single = {"arrival": arrival, "num_samples": samples, "price_per_hour": price_per_hour}
+    given += [f"eval.{name}={value}" for name, value in single.items() if value is not None]
+    run = _load(config, [*(overrides or []), *given], target)
+    run.eval.suites = [*(suite or []), *([str(prompts)] if prompts else [])] or run.eval.suites
+    run.eval.arms = arm or run.eval.arms
+    result = run_evaluate(run, head, out)
     _echo_json({"result": str(out / "result.json"), "report": str(out / "report.html"), **result["summary"]})
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories that `specdec eval` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+) -> None:
+    """Compare runs of `specdec eval` on one page."""
+    from specdec.evaluation.compare import load_runs, render_comparison
+
+    page = render_comparison(load_runs(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    typer.echo(out)
 
 
 @app.command()

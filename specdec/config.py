@@ -88,13 +88,26 @@ class ServeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """The side-by-side measurement."""
+    """The side-by-side measurement. Lists are swept: every combination is a cell of the result."""
 
-    num_prompts: int = 16
+    suites: list[str] = field(default_factory=list)  # names, NAME=FILE, NAME=hf:DATASET, or prompt files
+    arms: list[str] = field(default_factory=list)  # name=URL | name=key=value,...; the first is the baseline
+    num_prompts: int = 16  # of each suite
     max_new_tokens: int = 128
-    concurrency: int = 1
-    repeats: int = 2  # of the greedy mode; the sampled one is measured once
+    thinking_budgets: list[int] = field(default_factory=list)  # thinking tokens; then the answer is asked for
+    concurrency: list[int] = field(default_factory=lambda: [1])
+    arrival: str = "closed"  # closed | poisson | gamma:SHAPE | trace:FILE
+    rate: list[float] = field(default_factory=list)  # requests per second of an open loop
+    greedy: bool = True
+    repeats: int = 2  # of the greedy cells
     sampled: bool = True  # also measure at the target's default sampling
+    temperature: float | None = None  # of the sampled cells; None: the target's default
+    num_samples: int = 1  # answers per prompt of the sampled cells
+    distribution_samples: int = 64  # per prompt, of the two-sample test at temperature 1; 0: no test
+    distribution_prompts: int = 4
+    price_per_hour: float | None = None  # of the machine, in your currency
+    slo_ttft_sec: float | None = None  # a request counts as goodput when it meets both
+    slo_tpot_sec: float | None = None
     seed: int = 0
 
 
@@ -175,7 +188,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             pass
     if origin is str and isinstance(value, int) and not isinstance(value, bool):  # threads_bind=0, revision=1234567
         value = str(value)
-    if origin is list and isinstance(value, str):
+    if origin is list and not isinstance(value, list):
         value = [value]
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
         raise ValueError(f"{where} must be {getattr(origin, '__name__', origin)}, got {value!r}")

@@ -96,16 +96,6 @@ def vllm_environment(
     return environment | ({"LD_PRELOAD": preload} if preload else {})
 
 
-def staggered_binding(device: Device, turn: int) -> str:
-    """Every core, listed from core number ``turn`` on: ``0,1`` and ``1,0`` on two cores.
-
-    vLLM's main thread sits on the first core of its list, and a start is mostly that thread compiling; servers
-    that start at the same time and share their cores should therefore list them in another order.
-    """
-    turn %= len(device.core_ids)
-    return ",".join(map(str, device.core_ids[turn:] + device.core_ids[:turn]))
-
-
 def core_ranges(core_ids: tuple[int, ...]) -> str:
     """Core ids in the short form that vLLM reads: (0, 1, 2, 5) gives ``0-2,5``."""
     spans: list[list[int]] = []

@@ -14,6 +14,20 @@ NUM_ACCEPTED_PER_POS = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 _SAMPLE = re.compile(r"^(?P<name>[A-Za-z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+-?\d+)?$")
 _POSITION = re.compile(r'(?:^|,)\s*position="(\d+)"')
 
+NUM_ENGINE_STEPS = "vllm:iteration_tokens_total_count"  # of the histogram of tokens a step: its number of steps
+
+
+def engine_steps(before: str, after: str) -> int | None:
+    """Engine steps between two scrapes; None when the server does not count them, or started anew."""
+
+    def total(text: str) -> float | None:
+        samples = [match for line in text.splitlines() if (match := _SAMPLE.match(line))]
+        values = [float(sample["value"]) for sample in samples if sample["name"] == NUM_ENGINE_STEPS]
+        return sum(values) if values else None
+
+    first, last = total(before), total(after)
+    return None if first is None or last is None or last < first else int(last - first)
+
 
 def parse_acceptance(text: str) -> AcceptanceCounts:
     """Counters since the server's start, summed over engines and models.

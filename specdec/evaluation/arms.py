@@ -1,4 +1,4 @@
-"""The two arms of a comparison: a plain server and a speculative one, started here or given as URLs."""
+"""The arms of a comparison: servers, started here as ``specdec serve`` processes or given as URLs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,49 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specdec.config import RunConfig, dump_yaml
-from specdec.device import detect_device, staggered_binding
+from specdec.evaluation.arm_specs import ArmSpec, serve_arguments
 
-PLAIN = "plain"
-SPEC = "spec"
 STOP_GRACE_SEC = 30.0
 LOG_LINES_SHOWN = 15
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Arm:
     """One server under test. ``url`` is its root, without ``/v1``."""
 
     name: str
     url: str
     model: str
-    num_speculative_tokens: int | None = None  # what the server said at its start; None: unknown
-    dtype: str | None = None  # likewise
+    num_speculative_tokens: int | None = None  # K at its largest, 0 for plain decode; None: not known yet
+    dtype: str | None = None  # as the server said at its start
+    options: dict[str, str] = field(default_factory=dict)
+    synthetic: bool = False  # acceptance is pretended: its timings are a cost surface
 
 
-def given_arms(plain_url: str, spec_url: str) -> dict[str, Arm]:
-    """Arms at two servers that already run.
+@contextlib.contextmanager
+def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterator[dict[str, Arm]]:
+    """Every arm by name, in order: servers that run are asked what they serve, the others run until the block ends.
+
+    All start at the same time, for a start is mostly single-threaded compilation. Each process logs to
+    ``out_dir/<arm>-server.log``; on leaving the block (also by Ctrl-C) they get SIGTERM.
 
     Raises:
-        ValueError: a server does not answer, or serves no model.
+        ValueError: a given server does not answer, or one ends before it is ready (its last log lines are in the
+            message) or is not ready within ``config.serve.startup_timeout_sec``.
     """
-    return {name: _given_arm(name, url) for name, url in ((PLAIN, plain_url), (SPEC, spec_url))}
+    given = {spec.name: _given_arm(spec.name, spec.url) for spec in specs if spec.url is not None}
+    to_start = [spec for spec in specs if spec.url is None]
+    servers: list[_Server] = []
+    try:
+        started = _start(to_start, config, out_dir, servers) if to_start else {}
+        yield {spec.name: {**given, **started}[spec.name] for spec in specs}
+    finally:
+        _stop(servers)
 
 
 def _given_arm(name: str, url: str) -> Arm:
@@ -61,39 +73,18 @@ def _given_arm(name: str, url: str) -> Arm:
     return Arm(name=name, url=root, model=model)
 
 
-@contextlib.contextmanager
-def started_arms(config: RunConfig, target_name: str, head_dir: Path, out_dir: Path) -> Iterator[dict[str, Arm]]:
-    """Serve ``target_name`` plain and with the head in ``head_dir``, until the block ends.
-
-    Both start at the same time: a start is mostly single-threaded compilation. Each process logs to
-    ``out_dir/<arm>-server.log``; on leaving the block (also by Ctrl-C) both get SIGTERM.
-
-    Raises:
-        ValueError: a server ends before it is ready (its last log lines are in the message) or is not
-            ready within ``config.serve.startup_timeout_sec``.
-    """
+def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list[_Server]) -> dict[str, Arm]:
     out_dir.mkdir(parents=True, exist_ok=True)
     config_path = out_dir / "config.yaml"
     config_path.write_text(dump_yaml(config))
-    decoding = {PLAIN: ["--no-speculation"], SPEC: ["--head", str(head_dir)]}
-    servers: list[_Server] = []
-    try:
-        ports = free_ports(len(decoding))
-        for turn, (name, options) in enumerate(decoding.items()):
-            command = [sys.executable, "-m", "specdec", "serve", "--target", target_name, *options]
-            command += ["--port", str(ports[turn]), "--config", str(config_path), *_binding(config, turn)]
-            servers.append(_Server(name, command, out_dir / f"{name}-server.log"))
-        deadline = time.monotonic() + config.serve.startup_timeout_sec
-        yield {server.name: arm for server, arm in zip(servers, _await_ready(servers, deadline), strict=True)}
-    finally:
-        _stop(servers)
-
-
-def _binding(config: RunConfig, turn: int) -> list[str]:
-    device = detect_device()
-    if device.kind != "cpu" or config.serve.threads_bind != "auto" or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
-        return []
-    return ["--set", f"serve.threads_bind={staggered_binding(device, turn)}"]
+    arguments = [serve_arguments(spec) for spec in specs]  # a bad head is refused before anything starts
+    ports = free_ports(len(specs))
+    for turn, spec in enumerate(specs):
+        command = [sys.executable, "-m", "specdec", "serve", "--target", config.target.name]
+        command += ["--port", str(ports[turn]), "--config", str(config_path), *arguments[turn]]
+        servers.append(_Server(spec, command, out_dir / f"{spec.name}-server.log"))
+    deadline = time.monotonic() + config.serve.startup_timeout_sec
+    return {arm.name: arm for arm in _await_ready(servers, deadline)}
 
 
 def free_ports(count: int) -> list[int]:
@@ -108,8 +99,8 @@ def free_ports(count: int) -> list[int]:
 class _Server:
     """A ``specdec serve`` process: stderr goes to its log, stdout is read for the ready message."""
 
-    def __init__(self, name: str, command: list[str], log_path: Path) -> None:
-        self.name = name
+    def __init__(self, spec: ArmSpec, command: list[str], log_path: Path) -> None:
+        self.spec, self.name = spec, spec.name
         self.log_path = log_path
         self.ready: dict[str, Any] | None = None
         with log_path.open("wb") as log:
@@ -124,7 +115,7 @@ class _Server:
                 text=True,
                 errors="replace",
             )
-        threading.Thread(target=self._read_stdout, name=f"{name}-stdout", daemon=True).start()
+        threading.Thread(target=self._read_stdout, name=f"{self.name}-stdout", daemon=True).start()
 
     def _read_stdout(self) -> None:
         assert self.process.stdout is not None
@@ -169,18 +160,20 @@ def _await_ready(servers: list[_Server], deadline: float) -> list[Arm]:
 
 def _ready_arm(server: _Server) -> Arm:
     assert server.ready is not None
-    num_speculative_tokens = server.ready.get("num_speculative_tokens")
-    if server.name == SPEC and not num_speculative_tokens:
+    num_speculative_tokens = server.ready.get("num_speculative_tokens") or 0
+    if not num_speculative_tokens and {"head", "method"} & set(server.spec.options):
         raise ValueError(
-            "the spec server came up without speculation, so there is nothing to compare. "
+            f"the {server.name} server came up without speculation, so it would be measured as what it is not. "
             f"The end of {server.log_path}:\n{server.last_log_lines()}"
         )
     return Arm(
         name=server.name,
         url=server.ready["url"].rstrip("/").removesuffix("/v1"),
         model=server.ready["model"],
-        num_speculative_tokens=num_speculative_tokens or 0,
+        num_speculative_tokens=num_speculative_tokens,
         dtype=server.ready.get("dtype"),
+        options=server.spec.options,
+        synthetic=server.spec.is_synthetic,
     )
 
 

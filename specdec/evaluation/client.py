@@ -1,4 +1,4 @@
-"""One streamed chat request against one arm, timed; every failure has a kind and none is dropped."""
+"""One streamed request against one arm, timed; every failure has a kind and none is dropped."""
 
 from __future__ import annotations
 
@@ -7,46 +7,19 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from specdec import metrics
 from specdec.evaluation.arms import Arm
+from specdec.evaluation.records import RequestResult
+from specdec.evaluation.stream import StreamReader
+from specdec.traces import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     import httpx
 
 REQUEST_TIMEOUT_SEC = 900.0
-ERROR_DETAIL_CHARS = 300
-
-# The kinds of RequestResult.error, in the order a reader meets them.
-ERROR_KINDS = (
-    "http_429", "http_4xx", "http_5xx", "stream_error", "timeout", "disconnected", "truncated", "malformed",
-    "missing_usage",
-)  # fmt: skip
-
-
-@dataclass(kw_only=True, slots=True)
-class RequestResult:
-    """What one request gave. Times are seconds since it was sent; tokens are the server's own count (usage)."""
-
-    error: str | None = None  # one of ERROR_KINDS
-    error_detail: str | None = None
-    ttft_sec: float | None = None
-    e2e_sec: float | None = None  # to the chunk that carried the last token
-    chunk_gaps_sec: list[float] = field(default_factory=list)  # a chunk may hold several tokens
-    num_prompt_tokens: int | None = None
-    num_output_tokens: int | None = None
-    prompt_token_ids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)  # empty when the server does not return them
-    finish_reason: str | None = None
-
-    @property
-    def tpot_sec(self) -> float | None:
-        """Seconds per output token after the first; None after an error or without a second token."""
-        if self.error or self.e2e_sec is None or self.ttft_sec is None or self.num_output_tokens is None:
-            return None
-        return metrics.tpot_sec(self.e2e_sec, self.ttft_sec, self.num_output_tokens)
+MIN_CLOCK_JUMP_SEC = 1.0  # below it is what time synchronisation does all day
+END_OF_THINKING = f"\n{THINK_CLOSE}\n\n"
 
 
 class ArmClient:
@@ -57,6 +30,8 @@ class ArmClient:
 
         self.arm = arm
         self.timeout_sec = timeout_sec
+        self.opens_think = False  # whether the chat template itself opens the think tag; see ``learn_template``
+        self.cold_prompts = True  # no request finds its prompt in the prefix cache: every repeat starts alike
         self._http = httpx.AsyncClient(
             base_url=arm.url,
             timeout=httpx.Timeout(timeout_sec, connect=30),
@@ -70,53 +45,84 @@ class ArmClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def chat(self, prompt: str, max_tokens: int, temperature: float | None) -> RequestResult:
-        """Stream one answer; ``temperature`` None leaves sampling to the server's defaults. Never raises."""
-        import httpx
+    async def learn_template(self, prompt_token_ids: list[int]) -> None:
+        """See in a rendered prompt whether answers start inside the thinking."""
+        text = await self.detokenize(prompt_token_ids[-8:]) if prompt_token_ids else None
+        self.opens_think = bool(text and text.rstrip().endswith(THINK_OPEN))
 
+    async def chat(
+        self,
+        messages: list[dict[str, str]],
+        max_tokens: int,
+        temperature: float | None,
+        thinking_budget: int | None = None,
+    ) -> RequestResult:
+        """Stream one answer; ``temperature`` None leaves sampling to the server's defaults. Never raises.
+
+        With a ``thinking_budget``, thinking that is still open after so many tokens is closed by force and the
+        answer, of at most ``max_tokens``, is asked for in a second request whose prompt holds it (s1, arXiv
+        2501.19393). Without one ``max_tokens`` bounds both together.
+        """
         body: dict[str, Any] = {
             "model": self.arm.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "messages": messages,
+            "max_tokens": thinking_budget or max_tokens,
             "return_token_ids": True,
-            "cache_salt": uuid.uuid4().hex,  # no prefix of an earlier request: every repeat starts cold
         }
         if temperature is not None:
             body["temperature"] = temperature
-        result = RequestResult()
-        try:
-            async with asyncio.timeout(self.timeout_sec):
-                await self._stream(body, result)
-        except (TimeoutError, httpx.TimeoutException) as error:
-            _fail(result, "timeout", f"{self.timeout_sec:g} s: {error}")
-        except (httpx.TransportError, OSError) as error:
-            _fail(result, "disconnected", f"{type(error).__name__}: {error}")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            _fail(result, "malformed", f"{type(error).__name__}: {error}")
+        started = _Clocks()
+        reader = StreamReader(self.opens_think)
+        await self._guarded(reader, "/v1/chat/completions", body, started)
+        result = reader.result
+        if thinking_budget and not result.error and result.finish_reason == "length" and not reader.is_visible:
+            await self._force_answer(reader, body, max_tokens, started)
+        result.clock_jump_sec = started.jump_sec()
         return result
 
-    async def _stream(self, body: dict[str, Any], result: RequestResult) -> None:
-        sent = time.perf_counter()
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+    async def _force_answer(self, reader: StreamReader, first: dict[str, Any], max_tokens: int, started: _Clocks):
+        result = reader.result
+        closing = await self.tokenize(END_OF_THINKING)
+        if not closing or not result.token_ids:
+            return reader.fail("malformed", "the server returns no token ids: a thinking budget can't be enforced")
+        reader.close_thinking(END_OF_THINKING)
+        body = {key: value for key, value in first.items() if key != "messages"}
+        body |= {"prompt": [*result.prompt_token_ids, *result.token_ids, *closing], "max_tokens": max_tokens}
+        await self._guarded(reader, "/v1/completions", body, started)
+
+    async def _guarded(self, reader: StreamReader, path: str, body: dict[str, Any], started: _Clocks) -> None:
+        import httpx
+
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        if self.cold_prompts:
+            body["cache_salt"] = uuid.uuid4().hex
+        reader.expect_stream()
+        try:
+            async with asyncio.timeout(self.timeout_sec):
+                await self._stream(path, body, reader, started)
+        except (TimeoutError, httpx.TimeoutException) as error:
+            reader.fail("timeout", f"{self.timeout_sec:g} s: {error}")
+        except (httpx.TransportError, OSError) as error:
+            reader.fail("disconnected", f"{type(error).__name__}: {error}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reader.fail("malformed", f"{type(error).__name__}: {error}")
+
+    async def _stream(self, path: str, body: dict[str, Any], reader: StreamReader, started: _Clocks) -> None:
+        async with self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
-                return _fail(result, _status_kind(response.status_code), f"{response.status_code}: {text}")
+                return reader.fail(_status_kind(response.status_code), f"{response.status_code}: {text}")
             complete = False
             async for data in _events(response):
-                now = time.perf_counter() - sent
+                now = started.elapsed_sec()
                 if data == "[DONE]":
                     complete = True
                     continue  # to the end of the body: closing early would look like a client that went away
                 chunk = json.loads(data)
                 if "error" in chunk:
-                    return _fail(result, "stream_error", str(chunk["error"]))
-                _take_chunk(result, chunk, now)
-        if not complete or result.finish_reason is None:
-            _fail(result, "truncated", "the stream ended before the answer did")
-        elif result.num_output_tokens is None:
-            _fail(result, "missing_usage", "no usage in the stream: tokens can't be counted")
+                    return reader.fail("stream_error", str(chunk["error"]))
+                reader.take(chunk, now)
+        reader.end(complete)
 
     async def next_token_logprobs(self, token_ids: list[int], num_top: int = 5) -> dict[int, float]:
         """Log-probabilities (nats) of the ``num_top`` likeliest tokens after ``token_ids``.
@@ -137,16 +143,27 @@ class ArmClient:
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"no log-probabilities in the answer of {self.arm.url}") from error
 
-    async def detokenize(self, token_id: int) -> str | None:
-        """Text of one token; None where the server can't tell."""
+    async def detokenize(self, token_ids: int | list[int]) -> str | None:
+        """Text of one token or several; None where the server can't tell."""
+        tokens = [token_ids] if isinstance(token_ids, int) else token_ids
+        answer = await self._ask("/detokenize", {"tokens": tokens})
+        return None if answer is None else str(answer.get("prompt"))
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Ids of ``text`` without added special tokens; empty where the server can't tell."""
+        answer = await self._ask("/tokenize", {"prompt": text, "add_special_tokens": False})
+        return list((answer or {}).get("tokens") or [])
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         import httpx
 
         try:
-            response = await self._http.post("/detokenize", json={"model": self.arm.model, "tokens": [token_id]})
+            response = await self._http.post(path, json={"model": self.arm.model, **body})
             response.raise_for_status()
-            return str(response.json()["prompt"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            answer = response.json()
+        except (httpx.HTTPError, ValueError):
             return None
+        return answer if isinstance(answer, dict) else None
 
     async def metrics_text(self) -> str:
         """The Prometheus page.
@@ -164,25 +181,19 @@ class ArmClient:
         return response.text
 
 
-def _take_chunk(result: RequestResult, chunk: dict[str, Any], now: float) -> None:
-    usage = chunk.get("usage")
-    if usage:
-        result.num_prompt_tokens = usage.get("prompt_tokens")
-        result.num_output_tokens = usage["completion_tokens"]
-    result.prompt_token_ids = chunk.get("prompt_token_ids") or result.prompt_token_ids
-    for choice in chunk.get("choices") or []:
-        delta = choice.get("delta") or {}
-        token_ids = choice.get("token_ids") or []
-        finished = choice.get("finish_reason")
-        # The role chunk comes ahead of the first token and holds none: it does not stop the clock.
-        if token_ids or finished or delta.get("content") or delta.get("reasoning"):
-            if result.ttft_sec is None:
-                result.ttft_sec = now
-            else:
-                result.chunk_gaps_sec.append(now - (result.e2e_sec or result.ttft_sec))
-            result.e2e_sec = now
-        result.token_ids += token_ids
-        result.finish_reason = finished or result.finish_reason
+class _Clocks:
+    """Durations come from the monotonic clock; the wall clock is watched, for logs and servers go by it."""
+
+    def __init__(self) -> None:
+        self._monotonic, self._wall = time.perf_counter(), time.time()
+
+    def elapsed_sec(self) -> float:
+        return time.perf_counter() - self._monotonic
+
+    def jump_sec(self) -> float:
+        """0 when both clocks agree about the time that has passed."""
+        jump = (time.time() - self._wall) - self.elapsed_sec()
+        return jump if abs(jump) >= MIN_CLOCK_JUMP_SEC else 0.0
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
@@ -199,8 +210,3 @@ def _status_kind(status: int) -> str:
     if status == 429:
         return "http_429"
     return "http_5xx" if status >= 500 else "http_4xx"
-
-
-def _fail(result: RequestResult, kind: str, detail: str) -> None:
-    result.error = kind
-    result.error_detail = detail[:ERROR_DETAIL_CHARS]

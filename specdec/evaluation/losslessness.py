@@ -7,12 +7,10 @@ text then goes another way. A fork between tokens that lie far apart has no such
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from specdec.evaluation.arms import PLAIN, SPEC, Arm
-from specdec.evaluation.client import ArmClient
-from specdec.evaluation.measure import GREEDY, Measurement, Record
+from specdec.evaluation.records import Measurement, Record
 from specdec.metrics import first_divergence
 
 TIE = "numeric tie"
@@ -24,38 +22,81 @@ PROMPT_EXCERPT_CHARS = 160
 TIE_MARGIN_NATS = {"float32": 0.05, "float16": 0.05, "bfloat16": 0.25}
 
 
-def check_losslessness(measurement: Measurement, arms: dict[str, Arm], dtype: str) -> dict[str, Any]:
-    """Compare the greedy outputs of the first repeat, prompt by prompt, and explain each fork.
+class LogprobClient(Protocol):
+    """What the fork analysis asks of the baseline server."""
+
+    async def next_token_logprobs(self, token_ids: list[int], /) -> dict[int, float]:
+        """Log-probabilities (nats) of the likeliest tokens after ``token_ids``, by token id."""
+
+    async def detokenize(self, token_id: int, /) -> str | None:
+        """Text of one token; None where the server can't tell."""
+
+
+async def check_greedy(
+    measurement: Measurement, baseline_client: LogprobClient, dtype: str, prompt_text: Callable[[Record], str]
+) -> list[dict[str, Any]]:
+    """Compare the greedy outputs of each arm with the baseline's, task by task, and explain each fork.
+
+    Outputs are those of repeat 0. A later turn counts only where both arms were given the same prompt: after
+    a fork the conversations differ, and so may the answers.
+
+    Args:
+        measurement: all cells; those that are not greedy are left alone.
+        baseline_client: the server that tells how far apart two tokens lie.
+        dtype: of the target's weights as served; sets how far apart rounding can explain.
+        prompt_text: the text of a record's prompt, for an excerpt.
 
     Returns:
-        ``greedy_identity_rate`` plain against speculative, ``noise_floor_identity_rate`` plain against itself
-        (the first two repeats), how many prompts each compares, and ``forks``. A rate without a prompt is None.
+        One row for each greedy cell and arm: ``greedy_identity_rate`` of the arm, ``noise_floor_identity_rate`` of
+        the baseline against itself (repeats 0 and 1), how many tasks each compares, and ``forks``. A rate without
+        a task is None.
     """
-    mode = measurement.modes.get(GREEDY)
-    records = mode.records if mode else []
-    plain, again, spec = (_outputs(records, *key) for key in ((PLAIN, 0), (PLAIN, 1), (SPEC, 0)))
     threshold = TIE_MARGIN_NATS.get(dtype, TIE_MARGIN_NATS["float32"])
-    shared = sorted(plain.keys() & spec.keys())
-    forked = [index for index in shared if _fork_position(plain[index], spec[index]) is not None]
-    repeated = sorted(plain.keys() & again.keys())
-    noisy = [index for index in repeated if _fork_position(plain[index], again[index]) is not None]
+    rows = []
+    for cell in measurement.cells:
+        if not cell.is_greedy:
+            continue
+        baseline = _outputs(measurement, cell.name, measurement.baseline, 0)
+        floor, num_floor, _ = _identity(baseline, _outputs(measurement, cell.name, measurement.baseline, 1))
+        for arm in measurement.arms:
+            if arm == measurement.baseline:
+                continue
+            rate, num_compared, forked = _identity(baseline, _outputs(measurement, cell.name, arm, 0))
+            forks = [
+                {
+                    "suite": plain.suite, "item_id": plain.item_id, "sample": plain.sample, "turn": plain.turn,
+                    "prompt_excerpt": prompt_text(plain)[:PROMPT_EXCERPT_CHARS],
+                    **await _explain_fork(baseline_client, plain, spec, threshold),
+                }
+                for plain, spec in forked
+            ]  # fmt: skip
+            rows.append(
+                {
+                    "arm": arm, "cell": cell.name, "greedy_identity_rate": rate, "num_compared": num_compared,
+                    "noise_floor_identity_rate": floor, "num_noise_floor_compared": num_floor,
+                    "tie_margin_nats": threshold, "forks": forks,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _outputs(measurement: Measurement, cell: str, arm: str, repeat: int) -> dict[str, Record]:
+    """By task; requests that failed or came without token ids are left out (errors are counted elsewhere)."""
     return {
-        "greedy_identity_rate": (len(shared) - len(forked)) / len(shared) if shared else None,
-        "num_compared": len(shared),
-        "noise_floor_identity_rate": (len(repeated) - len(noisy)) / len(repeated) if repeated else None,
-        "num_noise_floor_compared": len(repeated),
-        "tie_margin_nats": threshold,
-        "forks": asyncio.run(_explain(measurement, plain, spec, forked, arms[PLAIN], threshold)),
+        record.key: record
+        for record in measurement.records(cell, arm)
+        if record.repeat == repeat and not record.result.error and record.result.token_ids
     }
 
 
-def _outputs(records: list[Record], arm: str, repeat: int) -> dict[int, Record]:
-    """By prompt; requests that failed or came without token ids are left out (errors are counted elsewhere)."""
-    return {
-        record.prompt_index: record
-        for record in records
-        if record.arm == arm and record.repeat == repeat and not record.result.error and record.result.token_ids
-    }
+def _identity(
+    plain: dict[str, Record], other: dict[str, Record]
+) -> tuple[float | None, int, list[tuple[Record, Record]]]:
+    """Share of identical outputs, number of comparable tasks, and the pairs that fork."""
+    pairs = [(record, other[key]) for key, record in plain.items() if key in other]
+    pairs = [(a, b) for a, b in pairs if a.turn == 0 or a.result.prompt_token_ids == b.result.prompt_token_ids]
+    forked = [(a, b) for a, b in pairs if _fork_position(a, b) is not None]
+    return (len(pairs) - len(forked)) / len(pairs) if pairs else None, len(pairs), forked
 
 
 def _fork_position(a: Record, b: Record) -> int | None:
@@ -65,26 +106,7 @@ def _fork_position(a: Record, b: Record) -> int | None:
     return first_divergence(a.result.token_ids, b.result.token_ids)
 
 
-async def _explain(
-    measurement: Measurement,
-    plain: dict[int, Record],
-    spec: dict[int, Record],
-    forked: list[int],
-    arm: Arm,
-    threshold: float,
-) -> list[dict[str, Any]]:
-    async with ArmClient(arm) as client:
-        return [
-            {
-                "prompt_index": index,
-                "prompt_excerpt": measurement.prompts[index][:PROMPT_EXCERPT_CHARS],
-                **await _explain_fork(client, plain[index], spec[index], threshold),
-            }
-            for index in forked
-        ]
-
-
-async def _explain_fork(client: ArmClient, plain: Record, spec: Record, threshold: float) -> dict[str, Any]:
+async def _explain_fork(client: LogprobClient, plain: Record, spec: Record, threshold: float) -> dict[str, Any]:
     import httpx
 
     position = _fork_position(plain, spec)
@@ -97,12 +119,14 @@ async def _explain_fork(client: ArmClient, plain: Record, spec: Record, threshol
         return {**fork, "why": "the arms rendered different prompts: not the same target or chat template"}
     a, b = plain.result.token_ids, spec.result.token_ids
     if position >= min(len(a), len(b)):
-        return {**fork, "why": f"one output ended early: {len(a)} tokens plain, {len(b)} speculative"}
+        return {**fork, "why": f"one output ended early: {len(a)} tokens of the baseline, {len(b)} of the arm"}
     fork |= {"plain_token": a[position], "spec_token": b[position]}
+    if not plain.result.prompt_token_ids:
+        return {**fork, "verdict": UNKNOWN, "why": "the baseline server returned no prompt token ids to ask about"}
     try:
         logprobs = await client.next_token_logprobs([*plain.result.prompt_token_ids, *a[:position]])
     except (httpx.HTTPError, ValueError) as error:
-        return {**fork, "verdict": UNKNOWN, "why": f"the plain server gave no log-probabilities: {error}"}
+        return {**fork, "verdict": UNKNOWN, "why": f"the baseline server gave no log-probabilities: {error}"}
     fork |= {"plain_text": await client.detokenize(a[position]), "spec_text": await client.detokenize(b[position])}
     return {**fork, **judge_margin(logprobs, a[position], b[position], threshold)}
 

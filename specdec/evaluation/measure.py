@@ -1,200 +1,184 @@
-"""The measurement: the same prompts through both arms, interleaved, in random order.
+"""The measurement: the same tasks through every arm, interleaved, in random order.
 
-Between blocks of ``concurrency`` prompts the arms take turns, so they never compete for the machine and
-drift (heat, neighbours) hits both alike. Which arm goes first is a seeded coin; the next repeat reverses it.
+Block by block the arms take turns, so they never compete for the machine, and drift (heat, neighbours) hits all
+alike. Each block of each arm is journalled with the server's own counters over it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
-from specdec.config import EvalConfig
-from specdec.evaluation import acceptance
-from specdec.evaluation.arms import PLAIN, SPEC, Arm
-from specdec.evaluation.client import ArmClient, RequestResult
-from specdec.metrics import AcceptanceCounts
+from specdec.evaluation import acceptance, load
+from specdec.evaluation.client import ArmClient
+from specdec.evaluation.journal import Journal
+from specdec.evaluation.plan import Step, Task
+from specdec.evaluation.records import BlockRun, Cell, Measurement, Record
 
-GREEDY = "greedy"
-SAMPLED = "sampled"
 WARMUP_ROUNDS = 2
 WARMUP_TOKENS = 32
 WARMUP_PROMPT = "Count from one to twenty, then say what the numbers have in common."
+MAX_LAG_SEC = 0.05  # of an open loop: later than this, the client was the bottleneck
 
 
-@dataclass(kw_only=True, slots=True)
-class Record:
-    """One counted request."""
-
-    mode: str
-    repeat: int
-    prompt_index: int
-    arm: str
-    result: RequestResult
-
-
-@dataclass(kw_only=True, slots=True)
-class ModeRun:
-    """All that one decoding mode gave."""
-
-    name: str
-    temperature: float | None  # None: the server's default sampling
-    records: list[Record] = field(default_factory=list)
-    busy_sec: dict[str, float] = field(default_factory=lambda: {PLAIN: 0.0, SPEC: 0.0})
-    acceptance: AcceptanceCounts | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class Measurement:
-    """All that the run gave; ``interrupted`` means that Ctrl-C cut it short."""
-
-    prompts: list[str]
-    modes: dict[str, ModeRun] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
-    num_speculative_tokens: int | None = None  # K, as the counters of the speculative arm show it
-    client_cpu_share: float | None = None  # of one core, while measuring: near 1 the client is the bottleneck
-
-
-def num_requests(config: EvalConfig, num_prompts: int) -> int:
-    """How many requests ``measure`` counts."""
-    return num_prompts * 2 * (config.repeats + (1 if config.sampled else 0))
-
-
-def measure(
-    config: EvalConfig, arms: dict[str, Arm], prompts: list[str], advance: Callable[[str], None] = lambda mode: None
-) -> Measurement:
-    """Measure ``prompts`` on both arms; ``advance`` is called after each counted request.
+async def measure(
+    measurement: Measurement,
+    steps: list[Step],
+    clients: dict[str, ArmClient],
+    journal: Journal,
+    seed: int,
+    advance: Callable[[int, str], None] = lambda count, what: None,
+) -> None:
+    """Fill ``measurement.runs``; ``advance`` is called with each block's number of requests.
 
     Ctrl-C (or SIGTERM) ends it early and keeps what was measured.
 
     Raises:
-        ValueError: an arm fails its warm-up request, or the speculative arm exports no acceptance counters.
+        ValueError: an arm fails its warm-up request, or one that speculates exports no acceptance counters.
     """
-    if config.repeats < 1 or config.concurrency < 1:
-        raise ValueError("eval.repeats and eval.concurrency must be at least 1")
-    return asyncio.run(_Session(config, prompts, advance).run(arms))
+    session = _Session(clients, journal, seed, advance)
+    task = asyncio.create_task(session.run(steps))
+    with _cancel_on_signals(task):
+        try:
+            await task
+        except asyncio.CancelledError:
+            measurement.interrupted = True
+    measurement.runs = [*journal.runs, *session.cut_short]
+    measurement.notes += sorted({note for run in journal.runs for note in run.notes})
 
 
 class _Session:
-    def __init__(self, config: EvalConfig, prompts: list[str], advance: Callable[[str], None]) -> None:
-        self.config = config
-        self.advance = advance
-        self.measurement = Measurement(prompts=prompts)
-        self.counters_required = True
+    def __init__(
+        self, clients: dict[str, ArmClient], journal: Journal, seed: int, advance: Callable[[int, str], None]
+    ) -> None:
+        self.clients, self.journal, self.seed, self.advance = clients, journal, seed, advance
+        self.cut_short: list[BlockRun] = []  # measured in part when the run was interrupted; repeated on resume
 
-    async def run(self, arms: dict[str, Arm]) -> Measurement:
-        same_server = arms[PLAIN].url == arms[SPEC].url
-        self.counters_required = not same_server
-        if same_server:
-            self._note("both arms are one server (an A/A run): acceptance counts the requests of both")
-        async with ArmClient(arms[PLAIN]) as plain, ArmClient(arms[SPEC]) as spec:
-            task = asyncio.create_task(self._all_modes({PLAIN: plain, SPEC: spec}))
-            with _cancel_on_signals(task):
-                try:
-                    await task
-                except asyncio.CancelledError:
-                    self.measurement.interrupted = True
-        return self.measurement
+    async def run(self, steps: list[Step]) -> None:
+        await self._warm_up(max(step.cell.concurrency for step in steps))
+        done = self.journal.done
+        for step in steps:
+            for arm in step.arms:
+                count = sum(len(task.item.turns) for task in step.tasks)
+                if (step.cell.name, step.repeat, step.block, arm) not in done:
+                    self.journal.add(await self._block(step, self.clients[arm]))
+                self.advance(count, f"{step.cell.name}, {step.suite}")
 
-    async def _all_modes(self, clients: dict[str, ArmClient]) -> None:
-        await self._warm_up(clients)
-        modes = [ModeRun(name=GREEDY, temperature=0.0)]
-        if self.config.sampled:
-            modes.append(ModeRun(name=SAMPLED, temperature=None))
-        wall_start, cpu_start = time.perf_counter(), time.process_time()
-        try:
-            for mode in modes:
-                self.measurement.modes[mode.name] = mode
-                before = await self._counters(clients[SPEC])
-                try:
-                    await self._one_mode(mode, clients)
-                finally:
-                    await self._close_mode(mode, before, clients[SPEC])
-        finally:
-            wall = time.perf_counter() - wall_start
-            self.measurement.client_cpu_share = (time.process_time() - cpu_start) / wall if wall > 0 else None
-
-    async def _warm_up(self, clients: dict[str, ArmClient]) -> None:
+    async def _warm_up(self, concurrency: int) -> None:
         """Uncounted requests, as many at once as will be measured, so that every shape is compiled."""
-        max_tokens = min(WARMUP_TOKENS, self.config.max_new_tokens)
-        for client in clients.values():
+        message = [{"role": "user", "content": WARMUP_PROMPT}]
+        for client in self.clients.values():
+            await self._check_counters(client)
             for _ in range(WARMUP_ROUNDS):
-                results = await asyncio.gather(
-                    *(client.chat(WARMUP_PROMPT, max_tokens, 0.0) for _ in range(self.config.concurrency))
-                )
+                requests = [client.chat(message, WARMUP_TOKENS, 0.0) for _ in range(concurrency)]
+                results = await asyncio.gather(*requests)
                 failed = next((result for result in results if result.error), None)
                 if failed is not None:
                     raise ValueError(
                         f"the {client.arm.name} arm at {client.arm.url} failed its warm-up request: "
                         f"{failed.error} ({failed.error_detail})"
                     )
+            await client.learn_template(results[0].prompt_token_ids)
 
-    async def _one_mode(self, mode: ModeRun, clients: dict[str, ArmClient]) -> None:
-        indices = list(range(len(self.measurement.prompts)))
-        blocks = [indices[i : i + self.config.concurrency] for i in range(0, len(indices), self.config.concurrency)]
-        seed = f"{self.config.seed}/{mode.name}"
-        # Sampled outputs differ in length and content between repeats: more prompts tell more than more repeats.
-        repeats = self.config.repeats if mode.name == GREEDY else 1
-        for repeat, number, order in schedule(len(blocks), repeats, seed):
-            for arm in order:
-                await self._block(mode, repeat, blocks[number], clients[arm])
-
-    async def _block(self, mode: ModeRun, repeat: int, block: list[int], client: ArmClient) -> None:
-        async def one(index: int) -> None:
-            result = await client.chat(self.measurement.prompts[index], self.config.max_new_tokens, mode.temperature)
-            mode.records.append(
-                Record(mode=mode.name, repeat=repeat, prompt_index=index, arm=client.arm.name, result=result)
-            )
-            self.advance(mode.name)
-
-        start = time.perf_counter()
-        await asyncio.gather(*(one(index) for index in block))
-        mode.busy_sec[client.arm.name] += time.perf_counter() - start
-
-    async def _counters(self, client: ArmClient) -> AcceptanceCounts | None:
+    async def _check_counters(self, client: ArmClient) -> None:
         try:
             counts = acceptance.parse_acceptance(await client.metrics_text())
         except ValueError as error:
-            if self.counters_required:
-                raise
-            self._note(str(error))
-            return None
-        self.measurement.num_speculative_tokens = len(counts.num_accepted_per_pos)
-        return counts
+            if client.arm.num_speculative_tokens:
+                raise ValueError(f"the {client.arm.name} arm should speculate, but: {error}") from error
+            client.arm.num_speculative_tokens = 0
+        else:
+            if client.arm.num_speculative_tokens is None:
+                client.arm.num_speculative_tokens = len(counts.num_accepted_per_pos)
 
-    async def _close_mode(self, mode: ModeRun, before: AcceptanceCounts | None, client: ArmClient) -> None:
-        """The second scrape; a server that died in between is a note, the requests are kept."""
-        if before is None:
-            return
+    async def _block(self, step: Step, client: ArmClient) -> BlockRun:
+        cell = step.cell
+        run = BlockRun(
+            arm=client.arm.name, cell=cell.name, suite=step.suite, repeat=step.repeat, block=step.block,
+            busy_sec=0.0, records=[],
+        )  # fmt: skip
+        before = await _page(client, run)
+        times = load.offsets(cell.arrival, cell.rate, len(step.tasks), f"{self.seed}/{cell.name}/{step.block}")
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         try:
-            after = acceptance.parse_acceptance(await client.metrics_text())
-            mode.acceptance, note = acceptance.window(before, after)
-        except ValueError as error:
-            note = f"no acceptance: {error}"
-        if note:
-            self._note(f"{mode.name}: {note}")
+            await (_closed_loop(step, client, run) if times is None else _open_loop(step, client, times, run))
+        except asyncio.CancelledError:
+            self.cut_short.append(run)
+            raise
+        finally:
+            run.busy_sec = time.perf_counter() - wall_start
+            run.client_cpu_sec = time.process_time() - cpu_start
+        _count(run, before, await _page(client, run))
+        return run
 
-    def _note(self, note: str) -> None:
-        if note not in self.measurement.notes:
-            self.measurement.notes.append(note)
+
+async def _closed_loop(step: Step, client: ArmClient, run: BlockRun) -> None:
+    gate = asyncio.Semaphore(step.cell.concurrency)
+
+    async def one(task: Task) -> None:
+        async with gate:
+            await _converse(task, step, client, run)
+
+    await asyncio.gather(*(one(task) for task in step.tasks))
 
 
-def schedule(num_blocks: int, repeats: int, seed: str) -> Iterator[tuple[int, int, tuple[str, str]]]:
-    """``(repeat, block, order of the arms)``: a coin a block, reversed in every odd repeat, so first places balance."""
-    rng = random.Random(seed)
-    coins: list[bool] = []
-    for repeat in range(repeats):
-        if repeat % 2 == 0:
-            coins = [rng.random() < 0.5 for _ in range(num_blocks)]
-        for block in range(num_blocks):
-            plain_first = coins[block] != bool(repeat % 2)
-            yield repeat, block, (PLAIN, SPEC) if plain_first else (SPEC, PLAIN)
+async def _open_loop(step: Step, client: ArmClient, times: list[float], run: BlockRun) -> None:
+    start = time.perf_counter()
+    lags = []
+
+    async def one(task: Task, offset: float) -> None:
+        await asyncio.sleep(start + offset - time.perf_counter())
+        lags.append(time.perf_counter() - start - offset)
+        await _converse(task, step, client, run)
+
+    await asyncio.gather(*(one(task, offset) for task, offset in zip(step.tasks, times, strict=True)))
+    if max(lags) > MAX_LAG_SEC:
+        run.notes.append(f"{step.cell.name}: the client sent requests over {1e3 * MAX_LAG_SEC:.0f} ms late")
+
+
+async def _converse(task: Task, step: Step, client: ArmClient, run: BlockRun) -> None:
+    """The turns of one task, each a record of ``run``. Answers are graded later, off the clock."""
+    cell: Cell = step.cell
+    messages: list[dict[str, str]] = []
+    for turn, text in enumerate(task.item.turns):
+        messages.append({"role": "user", "content": text})
+        result = await client.chat(messages, cell.max_new_tokens, cell.temperature, cell.thinking_budget)
+        run.records.append(
+            Record(
+                arm=client.arm.name, cell=cell.name, suite=step.suite, item_id=task.item.id, repeat=step.repeat,
+                sample=task.sample, turn=turn, result=result,
+            )
+        )  # fmt: skip
+        if result.error:
+            return  # the next turn would be another conversation
+        messages.append({"role": "assistant", "content": result.text})
+
+
+async def _page(client: ArmClient, run: BlockRun) -> str | None:
+    """The counters; a server that has died is noted, its requests are kept."""
+    try:
+        return await client.metrics_text()
+    except ValueError as error:
+        run.notes.append(f"no counters: {error}")
+        return None
+
+
+def _count(run: BlockRun, before: str | None, after: str | None) -> None:
+    if before is None or after is None:
+        return
+    run.num_engine_steps = acceptance.engine_steps(before, after)
+    try:
+        counts, note = acceptance.window(acceptance.parse_acceptance(before), acceptance.parse_acceptance(after))
+    except ValueError as error:
+        if "restarted" in str(error):
+            run.notes.append(f"{run.arm}: {error}")
+        return
+    run.acceptance = counts
+    if note:
+        run.notes.append(f"{run.arm}: {note}")
 
 
 @contextlib.contextmanager

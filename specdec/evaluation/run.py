@@ -1,112 +1,190 @@
-"""``specdec eval`` from end to end: check, serve, measure, write ``result.json`` and ``report.html``."""
+"""``specdec eval`` from end to end: check, serve, measure, grade, write the result and its reports."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from specdec.config import RunConfig
+from specdec.config import EvalConfig, RunConfig, to_dict
 from specdec.device import detect_device
 from specdec.evaluation import words
 from specdec.evaluation.acceptance import trained_acceptance
-from specdec.evaluation.arms import PLAIN, SPEC, Arm, given_arms, started_arms
-from specdec.evaluation.losslessness import check_losslessness
-from specdec.evaluation.measure import Measurement, measure, num_requests
+from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs
+from specdec.evaluation.arms import Arm, open_arms
+from specdec.evaluation.client import ArmClient
+from specdec.evaluation.distribution import collect_samples, two_sample_test
+from specdec.evaluation.figures import Prices
+from specdec.evaluation.journal import Journal
+from specdec.evaluation.losslessness import check_greedy
+from specdec.evaluation.markdown import render_markdown
+from specdec.evaluation.measure import measure
+from specdec.evaluation.plan import Step, cells_of, num_requests, steps_of
+from specdec.evaluation.records import Measurement, Record
 from specdec.evaluation.report import render_report
+from specdec.evaluation.suites import Suite, load_suite
 from specdec.evaluation.summary import build_result
 from specdec.manifest import HeadManifest
 from specdec.metrics import AcceptanceCounts
 from specdec.progress import progress_bar
 from specdec.record import provenance, text_sha256, write_json_atomic
 from specdec.targets import resolve_target
-from specdec.traces import read_prompts
+
+logger = logging.getLogger(__name__)
+
+LABEL_WIDTH, COLUMN_WIDTH = 34, 24  # characters of the table in the terminal
+DISTRIBUTION_TOKENS = 6  # of each sampled continuation
 
 
-def evaluate(
-    config: RunConfig,
-    target_name: str,
-    head_dir: Path | None,
-    prompts: Path,
-    out_dir: Path,
-    plain_url: str | None = None,
-    spec_url: str | None = None,
-) -> dict[str, Any]:
-    """Measure plain against speculative decoding and write ``out_dir/result.json`` and ``out_dir/report.html``.
+def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[str, Any]:
+    """Measure ``config.eval.arms`` on ``config.eval.suites``; write ``result.json``, ``report.html``, ``summary.md``.
 
-    The arms are started from ``target_name`` and ``head_dir``, unless two URLs of running servers are given.
-    Ctrl-C ends the measurement early; what was measured is written, with ``interrupted`` set.
+    Without arms: plain decode against the head in ``head_dir``. Ctrl-C ends the measurement early; what was measured
+    is written, with ``interrupted`` set, and the same command goes on from there.
 
     Returns:
         The result tree (see ``summary.build_result``).
 
     Raises:
-        ValueError: bad prompts, a head of another target, a server that does not start. The message says what to do.
+        ValueError: bad suites or arms, a head of another target, a server that does not start. The message says
+            what to do.
     """
-    config = dataclasses.replace(config, target=dataclasses.replace(config.target, name=target_name))
     console = Console(stderr=True)
-    texts = read_prompts(prompts)[: config.eval.num_prompts]
-    manifest, sampling = _check_head(config, head_dir)
-    with _arms(config, head_dir, out_dir, plain_url, spec_url, console) as arms:
-        with progress_bar("measuring", num_requests(config.eval, len(texts))) as advance:
-            measurement = measure(config.eval, arms, texts, lambda mode: advance(1, mode))
-        losslessness = check_losslessness(measurement, arms, _dtype(config, arms[PLAIN]))
-    served_k = measurement.num_speculative_tokens or arms[SPEC].num_speculative_tokens
-    trained = _trained(measurement, manifest, served_k)
-    facts = provenance(
-        target=target_name,
-        head=_head_facts(head_dir, manifest),
-        num_speculative_tokens=served_k,
-        temperature={"greedy": 0.0, **({"sampled": "the server's default"} if config.eval.sampled else {})},
-        default_sampling=sampling,
-        prompts=prompts.name,
-        prompts_sha256=text_sha256(*texts),
-        num_prompts=len(texts),
-        servers={name: "started here" if plain_url is None else arm.url for name, arm in arms.items()},
-        **{key: getattr(config.eval, key) for key in ("concurrency", "repeats", "max_new_tokens", "seed")},
-    )
-    result = build_result(measurement, losslessness, trained, facts)
+    settings = config.eval
+    cells = cells_of(settings)
+    specs = parse_specs(settings.arms, head_dir) if settings.arms else default_specs(head_dir)
+    suites = _load_suites(settings)
+    manifest, sampling = _check_heads(config, specs)
+    names = [spec.name for spec in specs]
+    steps = list(steps_of(cells, suites, names, settings.seed))
+    measurement = Measurement(cells=cells, baseline=names[0], arms=names)
+    journal = Journal(out_dir, _plan_sha256(settings, specs, suites))
+    finished = False
+    try:
+        with contextlib.ExitStack() as stack:
+            with console.status(f"starting the servers (logs in {out_dir}); the very first start compiles"):
+                arms = stack.enter_context(open_arms(specs, config, out_dir))
+            losslessness = asyncio.run(_measure(config, measurement, steps, suites, arms, journal))
+        finished = not measurement.interrupted
+    finally:
+        journal.close(finished)
+    _grade(measurement, suites)
+    trained = _trained(measurement, manifest, suites, arms)
+    facts = _facts(config, head_dir, manifest, sampling, suites, arms)
+    prices = Prices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Prices)})
+    result = build_result(measurement, arms, suites, losslessness, trained, prices, facts)
     write_json_atomic(out_dir / "result.json", result)
     (out_dir / "report.html").write_text(render_report(result), encoding="utf-8")
+    (out_dir / "summary.md").write_text(render_markdown(result), encoding="utf-8")
     _print_table(console, result)
     return result
 
 
-def _check_head(config: RunConfig, head_dir: Path | None) -> tuple[HeadManifest | None, dict[str, float] | None]:
-    """The manifest of a head that fits the target, and the target's default sampling; before any server starts."""
-    if head_dir is None:
+def _load_suites(settings: EvalConfig) -> list[Suite]:
+    if not settings.suites:
+        raise ValueError("nothing to measure on: give --suite NAME or --suite FILE.jsonl (or --prompts FILE)")
+    suites = [load_suite(spec, settings.num_prompts, settings.seed) for spec in settings.suites]
+    names = [suite.name for suite in suites]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two suites have one name: {', '.join(names)}; rename a file")
+    return suites
+
+
+def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[HeadManifest | None, dict[str, float] | None]:
+    """The manifest of the first head, every head checked against the target, and the target's default sampling."""
+    heads = [Path(spec.options["head"]) for spec in specs if "head" in spec.options]
+    if all(spec.url for spec in specs):
         return None, None
-    manifest = HeadManifest.load(head_dir)
     target = resolve_target(config.target)
-    manifest.check_target(target.fingerprint())
-    return manifest, target.sampling
+    manifests = [HeadManifest.load(head) for head in heads]
+    for manifest in manifests:
+        manifest.check_target(target.fingerprint())
+    return (manifests[0] if manifests else None), target.sampling
 
 
-@contextlib.contextmanager
-def _arms(
+def _plan_sha256(settings: EvalConfig, specs: list[ArmSpec], suites: list[Suite]) -> str:
+    plan = {"eval": dataclasses.asdict(settings), "arms": [dataclasses.asdict(spec) for spec in specs]}
+    return text_sha256(json.dumps(plan, sort_keys=True), *(suite.sha256 for suite in suites))
+
+
+async def _measure(
     config: RunConfig,
-    head_dir: Path | None,
-    out_dir: Path,
-    plain_url: str | None,
-    spec_url: str | None,
-    console: Console,
-) -> Iterator[dict[str, Arm]]:
-    if plain_url is not None and spec_url is not None:
-        yield given_arms(plain_url, spec_url)
+    measurement: Measurement,
+    steps: list[Step],
+    suites: list[Suite],
+    arms: dict[str, Arm],
+    journal: Journal,
+) -> dict[str, Any]:
+    """Fill the measurement, then ask the servers what losslessness needs. Returns the ``losslessness`` tree."""
+    settings = config.eval
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(ArmClient(arm)) for name, arm in arms.items()}
+        if len({arm.url for arm in arms.values()}) < len(arms):
+            measurement.notes.append("two arms are one server (an A/A run): its counters hold the requests of both")
+        with progress_bar("measuring", num_requests(steps)) as advance:
+            await measure(measurement, steps, clients, journal, settings.seed, advance)
+        baseline = clients[measurement.baseline]
+        texts = {(suite.name, item.id): item.turns for suite in suites for item in suite.items}
+
+        def prompt_text(record: Record) -> str:
+            return texts[record.suite, record.item_id][record.turn]
+
+        greedy = await check_greedy(measurement, baseline, _dtype(config, baseline.arm), prompt_text)
+        distribution = []
+        if settings.distribution_samples and settings.sampled and not measurement.interrupted:
+            distribution = await _distribution(settings, suites, clients, measurement)
+    return {"greedy": greedy, "distribution": distribution}
+
+
+async def _distribution(
+    settings: EvalConfig, suites: list[Suite], clients: dict[str, ArmClient], measurement: Measurement
+) -> list[dict[str, Any]]:
+    """The two-sample test at temperature 1 of every arm that decides tokens for itself, against the baseline."""
+    prompts = {f"{suite.name}/{item.id}": item.turns[0] for suite in suites for item in suite.items}
+    prompts = dict(list(prompts.items())[: settings.distribution_prompts])
+    tested = {name: client for name, client in clients.items() if not client.arm.synthetic}
+    samples = {}
+    with progress_bar("two-sample test", len(tested)) as advance:
+        for name, client in tested.items():
+            client.cold_prompts = False  # nothing is timed, and each prompt is sent many times
+            in_flight = max(16, *settings.concurrency)
+            found = await collect_samples(
+                client, prompts, settings.distribution_samples, DISTRIBUTION_TOKENS, in_flight
+            )
+            for kind, count in found.errors.items():
+                measurement.notes.append(f"two-sample test: {count} requests to {name} failed: {kind}")
+            samples[name] = found.by_prompt
+            advance(1, name)
+    baseline = samples.pop(measurement.baseline, {})
+    return [{"arm": name, **two_sample_test(baseline, found)} for name, found in samples.items()]
+
+
+def _grade(measurement: Measurement, suites: list[Suite]) -> None:
+    """Check every answer against its gold answer; done after the measurement, which it would disturb."""
+    checks = {suite.name: suite.check for suite in suites}
+    items = {(suite.name, item.id): item for suite in suites for item in suite.items}
+    records = [
+        record
+        for run in measurement.runs
+        for record in run.records
+        if checks[record.suite] is not None and record.turn == 0 and not record.result.error
+    ]
+    if not records:
         return
-    if plain_url is not None or spec_url is not None:
-        raise ValueError("give both servers (--plain-url and --spec-url) or neither")
-    if head_dir is None:
-        raise ValueError("nothing to compare: give --head DIR, or --plain-url and --spec-url of two running servers")
-    with contextlib.ExitStack() as stack:
-        with console.status(f"starting both servers (logs in {out_dir}); the very first start compiles"):
-            arms = stack.enter_context(started_arms(config, config.target.name, head_dir, out_dir))
-        yield arms
+    with progress_bar("grading", len(records)) as advance:
+        for record in records:
+            check = checks[record.suite]
+            assert check is not None
+            verdict = check(items[record.suite, record.item_id], record.result.text)
+            record.correct, record.answer = verdict.correct, verdict.answer
+            advance(1)
 
 
 def _dtype(config: RunConfig, arm: Arm) -> str:
@@ -115,18 +193,46 @@ def _dtype(config: RunConfig, arm: Arm) -> str:
     return detect_device().dtype if said == "auto" else said
 
 
-def _trained(measurement: Measurement, manifest: HeadManifest | None, served_k: int | None) -> AcceptanceCounts | None:
-    if manifest is None:
+def _trained(
+    measurement: Measurement, manifest: HeadManifest | None, suites: list[Suite], arms: dict[str, Arm]
+) -> AcceptanceCounts | None:
+    """What training measured on these prompts, when the first arm after the baseline serves that head."""
+    arm = arms[next(name for name in measurement.arms if name != measurement.baseline)]
+    if manifest is None or "head" not in arm.options:
         return None
-    hashes = [text_sha256(prompt) for prompt in measurement.prompts]
-    counts, note = trained_acceptance(manifest.acceptance_by_prompt, hashes, manifest.num_speculative_tokens, served_k)
+    hashes = [text_sha256(item.turns[0]) for suite in suites for item in suite.items]
+    counts, note = trained_acceptance(
+        manifest.acceptance_by_prompt, hashes, manifest.num_speculative_tokens, arm.num_speculative_tokens
+    )
     if note:
         measurement.notes.append(f"no trained acceptance length on these prompts: {note}")
     return counts
 
 
+def _facts(
+    config: RunConfig,
+    head_dir: Path | None,
+    manifest: HeadManifest | None,
+    sampling: dict[str, float] | None,
+    suites: list[Suite],
+    arms: dict[str, Arm],
+) -> dict[str, Any]:
+    settings = to_dict(config.eval)
+    return provenance(
+        target=config.target.name,
+        head=_head_facts(head_dir, manifest),
+        num_speculative_tokens=max(arm.num_speculative_tokens or 0 for arm in arms.values()),
+        temperature=[cell.temperature for cell in cells_of(config.eval)],
+        default_sampling=sampling,
+        prompts_sha256=text_sha256(*(suite.sha256 for suite in suites)),
+        num_prompts=sum(len(suite.items) for suite in suites),
+        servers={name: arm.url if not arm.dtype else "started here" for name, arm in arms.items()},
+        **{key: settings[key] for key in ("concurrency", "arrival", "rate", "repeats", "max_new_tokens", "seed")},
+    )
+
+
 def _head_facts(head_dir: Path | None, manifest: HeadManifest | None) -> dict[str, Any] | None:
-    if head_dir is None or manifest is None:
+    if manifest is None:
         return None
     return {
         "directory": str(head_dir),
@@ -138,14 +244,20 @@ def _head_facts(head_dir: Path | None, manifest: HeadManifest | None) -> dict[st
 
 
 def _print_table(console: Console, result: dict[str, Any]) -> None:
-    table = Table(title=words.headline(result), title_justify="left", title_style="bold", header_style="dim")
-    table.add_column("")
-    for mode in result["modes"]:
-        table.add_column(mode, justify="right", no_wrap=True)
-    for name, cells in words.table_rows(result):
-        table.add_row(name, *cells, style="bold" if name.startswith("speed-up") else "")
-    console.print(table)
+    console.print(words.headline(result), style="bold", highlight=False)
+    names, rows = words.columns(result), words.table_rows(result)
+    per_table = max(1, (console.width - LABEL_WIDTH) // COLUMN_WIDTH)
+    for start in range(0, len(names), per_table):
+        part = slice(start, start + per_table)
+        table = Table(header_style="dim")
+        table.add_column("", no_wrap=True)
+        for name in names[part]:
+            table.add_column(str(name), justify="right")
+        for label, cells in rows:
+            if any(cell != words.NOTHING for cell in cells[part]):
+                table.add_row(label, *cells[part], style="bold" if label.startswith("speed-up") else "")
+        console.print(table)
     for kind, count in result["errors"].items():
-        console.print(f"[bold]{count} requests failed: {kind}[/bold]")
+        console.print(f"[bold]{count} requests with trouble: {kind}[/bold]")
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)

@@ -1,165 +1,178 @@
-"""From records to figures: the tree that ``result.json`` holds and the report draws."""
+"""The result tree: what ``result.json`` holds and the report draws."""
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
 from collections import Counter
 from typing import Any
 
-from specdec.evaluation.arms import PLAIN, SPEC
-from specdec.evaluation.measure import GREEDY, Measurement, ModeRun, Record
-from specdec.metrics import AcceptanceCounts, bootstrap_ci95, percentile, relative_spread, speedup, tokens_per_sec
+from specdec.evaluation.accuracy import accuracy_rows
+from specdec.evaluation.arms import Arm
+from specdec.evaluation.cost import break_even, cost_points
+from specdec.evaluation.figures import Prices, arm_figures, comparison
+from specdec.evaluation.records import BlockRun, Cell, Measurement, Record
+from specdec.evaluation.suites import Suite
+from specdec.metrics import AcceptanceCounts
 
-SUMMARY_KEYS = (
-    "acceptance_length", "acceptance_rate", "per_position_rates", "conditional_rates", "trained_acceptance_length",
-    "plain_tpot_sec", "spec_tpot_sec", "speedup_median", "speedup_ci95", "greedy_identity_rate", "num_requests",
-)  # fmt: skip
-PERCENTILES = (50, 90, 99)
+LATENCIES = ("ttft_sec", "ttfvt_sec", "tpot_sec", "chunk_gap_sec", "e2e_sec")
 MAX_REPEAT_SPREAD = 0.1  # above it the machine was not quiet, and intervals over prompts say less than they seem to
-MIN_PROMPTS_FOR_INTERVAL = 8
+MIN_TASKS_FOR_INTERVAL = 8
 
 
 def build_result(
     measurement: Measurement,
+    arms: dict[str, Arm],
+    suites: list[Suite],
     losslessness: dict[str, Any],
     trained: AcceptanceCounts | None,
+    prices: Prices,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """The result tree. ``summary`` speaks of the greedy mode; ``modes`` has the same figures for each mode."""
-    modes = {name: mode_figures(mode) for name, mode in measurement.modes.items()}
-    greedy = modes.get(GREEDY) or mode_figures(ModeRun(name=GREEDY, temperature=0.0))
-    greedy["greedy_identity_rate"] = losslessness["greedy_identity_rate"]
-    greedy["trained_acceptance_length"] = trained.acceptance_length if trained else None
-    greedy["trained_per_position_rates"] = trained.per_position_rates if trained else None
-    doubts = timing_notes(modes)
-    records = [record for mode in measurement.modes.values() for record in mode.records]
+    """The whole tree. ``summary`` and ``latency`` speak of the first cell: the baseline and the first other arm."""
+    cells = [_cell_figures(measurement, cell, suites, prices) for cell in measurement.cells]
+    arm_rows = [_arm_row(arm, measurement.baseline) for arm in arms.values()]
+    records = [record for run in measurement.runs for record in run.records]
+    doubts = timing_notes(cells, measurement.baseline)
+    points = cost_points(cells, arm_rows)
     return {
-        "summary": {key: greedy[key] for key in SUMMARY_KEYS},
-        "modes": modes,
+        "summary": _summary(measurement, cells[0], losslessness, trained),
+        "arms": arm_rows,
+        "suites": {suite.name: _suite_row(suite) for suite in suites},
+        "cells": cells,
+        "latency": {arm: {name: figures[name] for name in LATENCIES} for arm, figures in cells[0]["arms"].items()},
+        "accuracy": accuracy_rows(measurement),
         "losslessness": losslessness,
+        "cost_model": points,
+        "break_even": break_even(points),
         "errors": count_errors(records),
-        "notes": [*doubts, *measurement.notes],
+        "notes": [*doubts, *_answer_notes(suites), *measurement.notes],
         "timings_in_doubt": bool(doubts),
         "interrupted": measurement.interrupted,
-        "client_cpu_share": measurement.client_cpu_share,
+        "client_cpu_share": _client_cpu_share(measurement.runs),
+        "price_per_hour": prices.price_per_hour,
+        "slo": {"ttft_sec": prices.slo_ttft_sec, "tpot_sec": prices.slo_tpot_sec} if prices.has_slo else None,
         "requests": [request_row(record) for record in records],
         "provenance": provenance,
     }
 
 
-def mode_figures(mode: ModeRun) -> dict[str, Any]:
-    """Every figure of one mode; what was not measured is None."""
-    repeats = {arm: tpots_by_prompt(mode.records, arm) for arm in (PLAIN, SPEC)}
-    tpots = {arm: {i: statistics.median(values) for i, values in repeats[arm].items()} for arm in repeats}
-    # Of the plain arm: speculative timings also move with what is accepted, which sampling changes.
-    spreads = [relative_spread(values) for values in repeats[PLAIN].values()]
-    ratios = {
-        index: speedup(tpots[PLAIN][index], tpots[SPEC][index])
-        for index in sorted(tpots[PLAIN].keys() & tpots[SPEC].keys())
-    }
-    interval = bootstrap_ci95(list(ratios.values()))
-    counts = mode.acceptance or AcceptanceCounts()
+def _cell_figures(measurement: Measurement, cell: Cell, suites: list[Suite], prices: Prices) -> dict[str, Any]:
+    def both(suite: str | None) -> dict[str, Any]:
+        runs = {arm: measurement.of(cell.name, arm, suite) for arm in measurement.arms}
+        baseline = runs[measurement.baseline]
+        return {
+            "arms": {arm: arm_figures(runs[arm], prices) for arm in runs},
+            "comparisons": {
+                arm: comparison(baseline, runs[arm]) for arm in measurement.arms if arm != measurement.baseline
+            },
+        }
+
+    return {**dataclasses.asdict(cell), **both(None), "suites": {suite.name: both(suite.name) for suite in suites}}
+
+
+def _summary(
+    measurement: Measurement, cell: dict[str, Any], losslessness: dict[str, Any], trained: AcceptanceCounts | None
+) -> dict[str, Any]:
+    """The figures that other tools read; the arm is the first after the baseline."""
+    arm = next(name for name in measurement.arms if name != measurement.baseline)
+    plain, ours, compared = cell["arms"][measurement.baseline], cell["arms"][arm], cell["comparisons"][arm]
+    acceptance = ours["acceptance"] or {}
+    identity = [row for row in losslessness["greedy"] if row["arm"] == arm and row["cell"] == cell["name"]]
     return {
-        "temperature": mode.temperature,
-        "acceptance_length": counts.acceptance_length,
-        "acceptance_rate": counts.acceptance_rate,
-        "per_position_rates": counts.per_position_rates,
-        "conditional_rates": counts.conditional_rates,
-        "trained_acceptance_length": None,
-        "trained_per_position_rates": None,
-        "plain_tpot_sec": _median(list(tpots[PLAIN].values())),
-        "spec_tpot_sec": _median(list(tpots[SPEC].values())),
-        "speedup_median": _median(list(ratios.values())),
-        "speedup_ci95": list(interval) if interval else None,
-        "tpot_repeat_spread": _median([spread for spread in spreads if spread is not None]),
-        "greedy_identity_rate": None,
-        "num_requests": len(mode.records),
-        "num_drafts": counts.num_drafts,
-        "num_draft_tokens": counts.num_draft_tokens,
-        "num_accepted_tokens": counts.num_accepted_tokens,
-        "speedup_by_prompt": {str(index): ratio for index, ratio in ratios.items()},
-        "errors": count_errors(mode.records),
-        "arms": {arm: arm_figures(mode, arm) for arm in (PLAIN, SPEC)},
+        "acceptance_length": acceptance.get("acceptance_length"),
+        "acceptance_rate": acceptance.get("acceptance_rate"),
+        "per_position_rates": acceptance.get("per_position_rates", []),
+        "conditional_rates": acceptance.get("conditional_rates", []),
+        "trained_acceptance_length": trained.acceptance_length if trained else None,
+        "trained_per_position_rates": trained.per_position_rates if trained else [],
+        "plain_tpot_sec": plain["tpot_sec"]["p50"],
+        "spec_tpot_sec": ours["tpot_sec"]["p50"],
+        "speedup_median": compared["speedup_median"],
+        "speedup_ci95": compared["speedup_ci95"],
+        "greedy_identity_rate": identity[0]["greedy_identity_rate"] if identity else None,
+        "num_requests": plain["num_requests"] + ours["num_requests"],
     }
 
 
-def tpots_by_prompt(records: list[Record], arm: str) -> dict[int, list[float]]:
-    """Per prompt the TPOT (seconds) of each repeat on one arm; requests with an error have none."""
-    by_prompt: dict[int, list[float]] = {}
-    for record in records:
-        tpot = record.result.tpot_sec
-        if record.arm == arm and tpot is not None and tpot > 0:
-            by_prompt.setdefault(record.prompt_index, []).append(tpot)
-    return by_prompt
+def _arm_row(arm: Arm, baseline: str) -> dict[str, Any]:
+    return {
+        "name": arm.name,
+        "baseline": arm.name == baseline,
+        "options": arm.options,
+        "num_speculative_tokens": arm.num_speculative_tokens,
+        "synthetic": arm.synthetic,
+        "url": arm.url,
+    }
 
 
-def timing_notes(modes: dict[str, dict[str, Any]]) -> list[str]:
-    """Why the timings of a mode deserve less trust than their interval suggests; usually empty."""
+def _suite_row(suite: Suite) -> dict[str, Any]:
+    return {
+        "num_items": len(suite.items),
+        "source": suite.source,
+        "sha256": suite.sha256,
+        "has_answers": any(item.answer is not None for item in suite.items),
+    }
+
+
+def timing_notes(cells: list[dict[str, Any]], baseline: str) -> list[str]:
+    """Why the timings of a cell deserve less trust than their interval suggests; usually empty."""
     notes = []
-    for name, figures in modes.items():
-        spread, num_prompts = figures["tpot_repeat_spread"], len(figures["speedup_by_prompt"])
+    for cell in cells:
+        spread = cell["arms"][baseline]["tpot_repeat_spread"]
         if spread is not None and spread > MAX_REPEAT_SPREAD:
             notes.append(
-                f"{name}: plain TPOT of the same prompt differed by {100 * spread:.0f}% between repeats: "
-                "the machine was not quiet, so do not trust the speed-up"
+                f"{cell['name']}: TPOT of the same prompt on the {baseline} arm differed by {100 * spread:.0f}% "
+                "between repeats: the machine was not quiet, so do not trust the speed-up"
             )
-        if num_prompts < MIN_PROMPTS_FOR_INTERVAL:
+        num_pairs = max((each["num_pairs"] for each in cell["comparisons"].values()), default=0)
+        if num_pairs < MIN_TASKS_FOR_INTERVAL:
             notes.append(
-                f"{name}: only {num_prompts} prompts were timed on both servers; an interval wants "
-                f"{MIN_PROMPTS_FOR_INTERVAL} or more"
+                f"{cell['name']}: only {num_pairs} prompts were timed on both arms; an interval wants "
+                f"{MIN_TASKS_FOR_INTERVAL} or more"
             )
     return notes
 
 
-def arm_figures(mode: ModeRun, arm: str) -> dict[str, Any]:
-    """Latency percentiles in seconds and throughput of one arm, over its requests without error."""
-    good = [record.result for record in mode.records if record.arm == arm and not record.result.error]
-    samples: dict[str, list[float | None]] = {
-        "ttft_sec": [result.ttft_sec for result in good],
-        "tpot_sec": [result.tpot_sec for result in good],
-        "e2e_sec": [result.e2e_sec for result in good],
-        "chunk_gap_sec": [gap for result in good for gap in result.chunk_gaps_sec],
-    }
-    num_tokens = sum(result.num_output_tokens or 0 for result in good)
-    return {
-        **{name: percentiles([value for value in values if value is not None]) for name, values in samples.items()},
-        "num_requests": sum(record.arm == arm for record in mode.records),
-        "num_output_tokens": num_tokens,
-        "busy_sec": mode.busy_sec[arm],
-        "throughput_tok_per_sec": tokens_per_sec(num_tokens, mode.busy_sec[arm]),
-    }
+def _answer_notes(suites: list[Suite]) -> list[str]:
+    notes = []
+    for suite in suites:
+        without = sum(item.answer is None for item in suite.items)
+        if suite.check is not None and without > 0:
+            notes.append(f"{suite.name}: {without} of {len(suite.items)} items have no gold answer and are not graded")
+    return notes
 
 
-def percentiles(values: list[float]) -> dict[str, float | None]:
-    """``p50``, ``p90`` and ``p99`` in the unit of ``values``."""
-    return {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
+def _client_cpu_share(runs: list[BlockRun]) -> float | None:
+    """Of one core, while requests were in flight: near 1 the client is the bottleneck."""
+    busy_sec = sum(run.busy_sec for run in runs)
+    return sum(run.client_cpu_sec for run in runs) / busy_sec if busy_sec else None
 
 
 def count_errors(records: list[Record]) -> dict[str, int]:
-    """Requests by kind of error; empty when all went well."""
-    return dict(Counter(record.result.error for record in records if record.result.error))
+    """Requests by kind of trouble; empty when all went well. A clock that jumped does not spoil a request."""
+    counts = Counter(record.result.error for record in records if record.result.error)
+    jumps = sum(record.result.clock_jump_sec != 0 for record in records)
+    return {**counts, **({"clock_jump": jumps} if jumps else {})}
 
 
 def request_row(record: Record) -> dict[str, Any]:
     """One request without texts or token ids."""
-    result = record.result
+    result, counts = record.result, record.result.acceptance
     return {
-        "mode": record.mode,
-        "repeat": record.repeat,
-        "prompt_index": record.prompt_index,
-        "arm": record.arm,
+        **{name: getattr(record, name) for name in ("cell", "arm", "suite", "item_id", "repeat", "sample", "turn")},
         "error": result.error,
         "error_detail": result.error_detail,
         "finish_reason": result.finish_reason,
         "num_prompt_tokens": result.num_prompt_tokens,
         "num_output_tokens": result.num_output_tokens,
+        "num_think_tokens": result.num_think_tokens,
         "num_chunks": len(result.chunk_gaps_sec) + (result.ttft_sec is not None),
         "ttft_sec": result.ttft_sec,
+        "ttfvt_sec": result.ttfvt_sec,
         "tpot_sec": result.tpot_sec,
         "e2e_sec": result.e2e_sec,
         "chunk_gap_max_sec": max(result.chunk_gaps_sec, default=None),
+        "correct": record.correct,
+        "num_drafts": counts.num_drafts,
+        "num_accepted_tokens": counts.num_accepted_tokens,
     }
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None

@@ -52,7 +52,8 @@ def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: 
     trained = specdec("train", "--target", target, "--traces", rows, "--head", "eagle3", "--out", head)
     assert trained["acceptance_length"] > 1.05
 
-    summary = specdec("eval", "--target", target, "--head", head, "--prompts", rows / "val_prompts.jsonl", "--out", out)
+    arms = ("--arm", "plain=plain", "--arm", f"spec=head={head}", "--arm", "lookup=method=ngram,k=2")
+    summary = specdec("eval", "--target", target, "--prompts", rows / "val_prompts.jsonl", "--out", out, *arms)
     result = json.loads((out / "result.json").read_text())
     assert set(result["summary"]) >= SUMMARY_KEYS and set(result["provenance"]) >= PROVENANCE_KEYS
     assert result["errors"] == {}
@@ -60,3 +61,13 @@ def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: 
     assert summary["acceptance_length"] == pytest.approx(summary["trained_acceptance_length"], rel=0.05)
     assert len(summary["speedup_ci95"]) == 2 and summary["plain_tpot_sec"] > 0
     assert "data:image/svg+xml" in (out / "report.html").read_text()
+
+    greedy = result["cells"][0]["arms"]
+    assert [arm["num_speculative_tokens"] for arm in result["arms"]] == [0, 3, 2]
+    # What each request says of its own steps adds up to the server's counters.
+    rows_of_spec = [row for row in result["requests"] if row["arm"] == "spec" and row["cell"] == "greedy"]
+    assert sum(row["num_drafts"] for row in rows_of_spec) == greedy["spec"]["acceptance"]["num_drafts"]
+    assert greedy["spec"]["acceptance"]["draft_width_histogram"].get("3", 0) > 0
+    assert 0.5 < greedy["plain"]["tokens_per_step"] <= 1.01 < greedy["spec"]["tokens_per_step"]
+    assert not any(row["lossy"] for row in result["losslessness"]["distribution"])
+    assert {row["arm"] for row in result["losslessness"]["distribution"]} == {"spec", "lookup"}

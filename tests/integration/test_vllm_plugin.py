@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from serving.vllm_plugin import expand, register
+from serving.vllm_plugin import expand, register, unpinned
 
 pytestmark = pytest.mark.vllm
 
@@ -33,3 +36,17 @@ def test_vllm_still_needs_it_and_gets_it():
     register()
     cpu_triton_utils._expand_kernel_impl(output, *arguments)
     torch.testing.assert_close(output, torch.tensor([0.2, 0.2, 0.7]))
+
+
+def test_compiling_uses_any_core_and_the_pin_comes_back(monkeypatch):
+    pinned = [{0}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2} if pid == os.getppid() else pinned[-1])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
+
+    def compile_model(runner):
+        assert pinned[-1] == {0, 1, 2}
+        raise RuntimeError("compiler")
+
+    with pytest.raises(RuntimeError, match="compiler"):
+        unpinned(compile_model)(SimpleNamespace())
+    assert pinned == [{0}, {0, 1, 2}, {0}]

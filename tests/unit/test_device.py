@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specdec import device
-from specdec.device import Device, detect_device, preload_value, staggered_binding, vllm_environment
+from specdec.device import Device, detect_device, preload_value, vllm_environment
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,3 @@ def test_a_cpu_server_uses_the_compile_cache_that_works(monkeypatch, tmp_path: P
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     chosen = vllm_environment(cpu, existing={"TORCHINDUCTOR_CACHE_DIR": "/mine", "VLLM_USE_AOT_COMPILE": "1"})
     assert not {"TORCHINDUCTOR_CACHE_DIR", "VLLM_USE_AOT_COMPILE"} & set(chosen)
-
-
-def test_staggered_bindings_start_on_different_cores():
-    cpu = Device(kind="cpu", core_ids=(0, 1, 4), native_bf16=False)
-    assert [staggered_binding(cpu, turn) for turn in range(4)] == ["0,1,4", "1,4,0", "4,0,1", "0,1,4"]

@@ -1,22 +1,10 @@
-"""Counters to rates, prompts from files, the schedule, the figures: everything that needs no server."""
+"""Counters to rates, prompts from files: everything about acceptance that needs no server."""
 
 from __future__ import annotations
 
-import random
-import subprocess
-import sys
-from collections import Counter
-
 import pytest
 
-from specdec.config import RunConfig, load_config
-from specdec.device import Device
-from specdec.evaluation import acceptance, arms
-from specdec.evaluation.arms import PLAIN, SPEC
-from specdec.evaluation.client import RequestResult
-from specdec.evaluation.losslessness import BUG, TIE, judge_margin
-from specdec.evaluation.measure import ModeRun, Record, schedule
-from specdec.evaluation.summary import mode_figures, timing_notes
+from specdec.evaluation import acceptance
 from specdec.metrics import AcceptanceCounts, first_divergence, percentile
 from specdec.traces import read_prompts
 
@@ -98,65 +86,13 @@ def test_bad_prompt_files_name_the_line(tmp_path, content, message):
         read_prompts(path)
 
 
-def test_schedule_is_seeded_random_and_balanced():
-    turns = list(schedule(50, 2, "0/greedy"))
-    assert turns == list(schedule(50, 2, "0/greedy")) != list(schedule(50, 2, "1/greedy"))
-    first = Counter(order[0] for _, _, order in turns)
-    assert first[PLAIN] == first[SPEC] == 50
-    assert {order[0] for repeat, _, order in turns if repeat == 0} == {PLAIN, SPEC}
+def test_engine_steps_are_a_difference_of_two_pages():
+    def page(count: int) -> str:
+        return f'vllm:iteration_tokens_total_count{{engine="0"}} {count}.0\nvllm:iteration_tokens_total_sum 7.0\n'
 
-
-def synthetic_mode(slowdown: float, seed: int = 0, num_prompts: int = 24) -> ModeRun:
-    """Noisy TPOTs of about 20 ms; the speculative arm is ``slowdown`` times slower than the plain one."""
-    rng = random.Random(seed)
-    mode = ModeRun(name="greedy", temperature=0.0)
-    for repeat, index, order in schedule(num_prompts, 2, "seed"):
-        for arm in order:
-            tpot = 0.02 * rng.gauss(1, 0.03) * (slowdown if arm == SPEC else 1)
-            result = RequestResult(ttft_sec=0.1, e2e_sec=0.1 + 31 * tpot, num_output_tokens=32, finish_reason="length")
-            mode.records.append(Record(mode="greedy", repeat=repeat, prompt_index=index, arm=arm, result=result))
-    return mode
-
-
-def test_an_a_a_run_shows_no_difference():
-    low, high = mode_figures(synthetic_mode(1.0))["speedup_ci95"]
-    assert low < 1 < high and high - low < 0.05
-
-
-@pytest.mark.parametrize("slowdown", [1.1, 1.2])
-def test_a_planted_slowdown_is_seen(slowdown):
-    figures = mode_figures(synthetic_mode(slowdown))
-    assert figures["speedup_median"] == pytest.approx(1 / slowdown, rel=0.03)
-    assert figures["speedup_ci95"][1] < 1
-
-
-def test_a_noisy_machine_and_too_few_prompts_are_said():
-    quiet = mode_figures(synthetic_mode(1.0))
-    assert quiet["tpot_repeat_spread"] < 0.1 and timing_notes({"greedy": quiet}) == []
-    mode = synthetic_mode(1.0, num_prompts=4)
-    for record in mode.records:
-        record.result.e2e_sec *= 1 + 0.5 * record.repeat
-    noisy, few = timing_notes({"greedy": mode_figures(mode)})
-    assert "not quiet" in noisy and "only 4 prompts" in few
-
-
-def test_failed_requests_count_as_errors_and_give_no_timing():
-    mode = synthetic_mode(1.0, num_prompts=2)
-    for record in mode.records:
-        if record.prompt_index == 1 and record.arm == SPEC:
-            record.result.error = "timeout"
-    figures = mode_figures(mode)
-    assert figures["errors"] == {"timeout": 2} and figures["num_requests"] == 8
-    assert list(figures["speedup_by_prompt"]) == ["0"] and figures["speedup_ci95"] is None
-
-
-def test_fork_verdicts():
-    assert judge_margin({5: -0.70, 9: -0.71}, 5, 9, 0.05)["verdict"] == TIE
-    assert judge_margin({5: -0.1, 9: -2.5}, 5, 9, 0.05)["verdict"] == BUG
-    outside = judge_margin({5: -0.1, 7: -0.12}, 5, 9, 0.05)  # token 9 is not among the top tokens
-    assert outside["verdict"] == BUG and outside["margin_is_lower_bound"]
-    low_pair = judge_margin({1: -0.1, 5: -3.0, 9: -3.0}, 5, 9, 0.05)
-    assert low_pair["verdict"] == BUG
+    assert acceptance.engine_steps(page(10), page(52)) == 42
+    assert acceptance.engine_steps(page(52), page(10)) is None  # restarted
+    assert acceptance.engine_steps("", page(10)) is None
 
 
 def test_first_divergence_and_percentile():
@@ -164,65 +100,3 @@ def test_first_divergence_and_percentile():
     assert first_divergence([1, 2, 3], [1, 9, 3]) == 1
     assert first_divergence([1, 2], [1, 2, 3]) == 2
     assert percentile([], 50) is None and percentile([1.0, 2.0], 50) == 1.5 and percentile([3.0], 99) == 3.0
-
-
-def test_free_ports_differ():
-    assert len(set(arms.free_ports(8))) == 8
-
-
-STAND_IN = """
-import json, signal, sys, time
-port = sys.argv[sys.argv.index("--port") + 1]
-spec = "--head" in sys.argv
-print("a line that is no message", flush=True)
-if {fails} and spec:
-    sys.exit("head does not fit")
-signal.signal(signal.SIGTERM, lambda *_: (print("stopped", file=sys.stderr, flush=True), sys.exit(0)))
-print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}", "model": "m",
-                   "num_speculative_tokens": {k} if spec else 0}}), flush=True)
-time.sleep(60)
-"""
-
-
-def start_stand_ins(monkeypatch, tmp_path, fails=False, k=3):
-    """``started_arms`` with a script in the place of ``specdec serve``."""
-    script = tmp_path / "serve.py"
-    script.write_text(STAND_IN.format(fails=fails, k=k))
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        arms.subprocess, "Popen", lambda command, **kw: popen([sys.executable, str(script), *command[3:]], **kw)
-    )
-    return arms.started_arms(RunConfig(), "t", tmp_path / "head", tmp_path / "out")
-
-
-def test_servers_that_share_the_cores_compile_on_different_ones(monkeypatch):
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr(arms, "detect_device", lambda: Device(kind="cpu", core_ids=(0, 1), native_bf16=False))
-    bound = [load_config(None, arms._binding(RunConfig(), turn)[1:]).serve.threads_bind for turn in (0, 1)]
-    assert bound == ["0,1", "1,0"]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
-    assert arms._binding(RunConfig(), 1) == []
-
-
-def test_started_arms_are_ready_and_stopped(monkeypatch, tmp_path):
-    with start_stand_ins(monkeypatch, tmp_path) as started:
-        assert started[PLAIN].num_speculative_tokens == 0 and started[SPEC].num_speculative_tokens == 3
-        assert started[PLAIN].url != started[SPEC].url
-    assert "stopped" in (tmp_path / "out" / "plain-server.log").read_text()
-    assert "stopped" in (tmp_path / "out" / "spec-server.log").read_text()
-
-
-def test_a_server_that_ends_early_shows_its_log(monkeypatch, tmp_path):
-    with (
-        pytest.raises(ValueError, match=r"spec server ended with status 1 [\s\S]*head does not fit"),
-        start_stand_ins(monkeypatch, tmp_path, fails=True),
-    ):
-        pass
-
-
-def test_a_spec_server_without_speculation_is_refused(monkeypatch, tmp_path):
-    with (
-        pytest.raises(ValueError, match="came up without speculation"),
-        start_stand_ins(monkeypatch, tmp_path, k=0),
-    ):
-        pass

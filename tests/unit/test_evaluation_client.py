@@ -1,160 +1,29 @@
-"""A fake OpenAI server in vLLM's manner, and the client against it: timing, tokens, kinds of error."""
+"""The client against a fake server: timing, tokens, thinking, kinds of error."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from fake_server import FakeServer, K, serving
 
-from specdec.evaluation.arms import Arm, given_arms
-from specdec.evaluation.client import ERROR_KINDS, ArmClient, RequestResult
-
-K = 3
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Streams ``tokens_per_step`` tokens every ``step_sec``; ``faults`` maps prompts to what goes wrong with them."""
-
-    daemon_threads = True
-
-    def __init__(self, *, step_sec: float = 0.004, tokens_per_step: int = 1, num_tokens: int = 12, name: str = "fake"):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.step_sec, self.tokens_per_step, self.num_tokens, self.name = step_sec, tokens_per_step, num_tokens, name
-        self.faults: dict[str, str] = {}
-        self.forks: dict[str, tuple[int, int]] = {}  # prompt -> (position, other token)
-        self.logprobs: dict[int, float] = {}
-        self.speculative = tokens_per_step > 1
-        self.counters = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0, "per_pos": [0] * K}
-        self.log: list[dict] = []  # request bodies, in the order of arrival
-        self.on_chat = lambda number: None
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def answer(self, prompt: str, greedy: bool) -> list[int]:
-        tokens = [(sum(prompt.encode()) + 7 * i + (not greedy)) % 500 for i in range(self.num_tokens)]
-        if prompt in self.forks:
-            position, token = self.forks[prompt]
-            tokens[position:] = [token + i for i in range(len(tokens) - position)]
-        return tokens
-
-    def count_draft(self, accepted: int) -> None:
-        self.counters["drafts"] += 1
-        self.counters["draft_tokens"] += K
-        self.counters["accepted_tokens"] += accepted
-        for i in range(accepted):
-            self.counters["per_pos"][i] += 1
-
-    def metrics(self) -> str:
-        if not self.speculative:
-            return "# HELP nothing here\nvllm:num_requests_running 0\n"
-        base, labels = "vllm:spec_decode_num_", 'engine="0",model_name="fake"'
-        lines = [f"{base}{key}_total{{{labels}}} {float(self.counters[key])}" for key in ("drafts", "draft_tokens")]
-        lines.append(f"{base}accepted_tokens_total{{{labels}}} {float(self.counters['accepted_tokens'])}")
-        for i, count in enumerate(self.counters["per_pos"]):
-            lines.append(f'{base}accepted_tokens_per_pos_total{{{labels},position="{i}"}} {float(count)}')
-            lines.append(f'{base}accepted_tokens_per_pos_created{{{labels},position="{i}"}} 1.7e9')
-        return "\n".join(["# TYPE vllm:spec_decode_num_drafts counter", *lines, ""])
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FakeServer
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        if self.path == "/metrics":
-            self._reply(200, self.server.metrics())
-        else:
-            self._reply(200, json.dumps({"data": [{"id": "fake-model"}]}))
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/detokenize":
-            return self._reply(200, json.dumps({"prompt": f"<b>{body['tokens'][0]}</b>"}))
-        if self.path == "/v1/completions":
-            self.server.log.append(body)
-            top = {f"token_id:{token}": logprob for token, logprob in self.server.logprobs.items()}
-            return self._reply(200, json.dumps({"choices": [{"logprobs": {"top_logprobs": [top]}}]}))
-        self.server.log.append(body)
-        self.server.on_chat(len(self.server.log))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._chat(body)
-
-    def _chat(self, body: dict) -> None:
-        prompt = body["messages"][0]["content"]
-        fault = self.server.faults.get(prompt)
-        if fault in ("429", "400", "503"):
-            return self._reply(int(fault), "no")
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        tokens = self.server.answer(prompt, body.get("temperature") == 0)[: body["max_tokens"]]
-        self._send({"choices": [{"delta": {"role": "assistant", "content": ""}}], "prompt_token_ids": [1, len(prompt)]})
-        start, step, sent = time.perf_counter(), 0, 0
-        while sent < len(tokens):
-            step += 1
-            time.sleep(max(0.0, start + step * self.server.step_sec - time.perf_counter()))
-            width = 1 if step == 1 else self.server.tokens_per_step
-            piece, sent = tokens[sent : sent + width], sent + width
-            if self.server.speculative and step > 1:
-                self.server.count_draft(width - 1)
-            if fault == "stall":
-                time.sleep(1.0)
-            if fault == "disconnect" and step == 2:
-                self.close_connection = True
-                return
-            if fault == "error" and step == 2:
-                return self._end({"error": {"message": "engine died", "code": 500}})
-            if fault == "truncate" and step == 2:
-                return self._end()
-            finish = "length" if sent >= len(tokens) else None
-            # U+2028 inside the text is no end of a line of the event stream.
-            self._send({"choices": [{"delta": {"content": "x\u2028y"}, "token_ids": piece, "finish_reason": finish}]})
-        if fault != "no usage":
-            self._send({"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": len(tokens)}})
-        self._end("[DONE]")
-
-    def _send(self, event: object) -> None:
-        text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
-        data = f"data: {text}\n\n".encode()
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-    def _end(self, event: object | None = None) -> None:
-        if event is not None:
-            self._send(event)
-        self.wfile.write(b"0\r\n\r\n")
-
-    def _reply(self, status: int, text: str) -> None:
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@contextlib.contextmanager
-def serving(*servers: FakeServer) -> Iterator[None]:
-    for server in servers:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+from specdec.evaluation.arms import Arm
+from specdec.evaluation.client import ArmClient
+from specdec.evaluation.records import ERROR_KINDS, RequestResult
+from specdec.evaluation.stream import StreamReader
 
 
 def ask(server: FakeServer, prompt: str = "hello", timeout_sec: float = 20, **kwargs) -> RequestResult:
     async def once() -> RequestResult:
         async with ArmClient(Arm(name="plain", url=server.url, model="fake-model"), timeout_sec) as client:
-            return await client.chat(prompt, kwargs.get("max_tokens", 100), kwargs.get("temperature", 0.0))
+            return await client.chat(
+                [{"role": "user", "content": prompt}],
+                kwargs.get("max_tokens", 100),
+                kwargs.get("temperature", 0.0),
+                kwargs.get("thinking_budget"),
+            )
 
     with serving(server):
         return asyncio.run(once())
@@ -209,8 +78,67 @@ def test_unreachable_server_is_disconnected_and_named_when_given():
 
     async def once() -> RequestResult:
         async with ArmClient(Arm(name="plain", url=server.url, model="m")) as client:
-            return await client.chat("hello", 4, 0.0)
+            return await client.chat([{"role": "user", "content": "hello"}], 4, 0.0)
 
     assert asyncio.run(once()).error == "disconnected"
-    with pytest.raises(ValueError, match=r"the plain server .* does not answer"):
-        given_arms(server.url, server.url)
+
+
+def read(chunks: list[tuple[float, dict]], opens_think: bool = False) -> RequestResult:
+    reader = StreamReader(opens_think)
+    for now, choice in chunks:
+        reader.take({"choices": [choice]}, now)
+    reader.take({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(chunks)}}, 9.0)
+    reader.end(complete=True)
+    return reader.result
+
+
+def said(text: str, finish: str | None = None, **delta) -> dict:
+    return {"delta": {"content": text, **delta}, "token_ids": [7], "finish_reason": finish}
+
+
+def test_first_visible_token_comes_after_the_thinking():
+    thinking = [
+        (1.0, said("<th")),
+        (2.0, said("ink>hm")),
+        (3.0, said("</think>")),
+        (4.0, said("\n")),
+        (5.0, said("4", "stop")),
+    ]
+    result = read(thinking)
+    assert (result.ttft_sec, result.ttfvt_sec, result.num_think_tokens) == (1.0, 5.0, 2)
+    assert read([(1.0, said("4", "stop"))]).ttfvt_sec == 1.0
+    unclosed = read([(1.0, said("<think>hm")), (2.0, said("hm", "length"))])
+    assert unclosed.ttfvt_sec is None and unclosed.num_think_tokens == 2
+
+
+def test_thinking_that_the_template_opened_or_the_server_parsed():
+    opened = read([(1.0, said("hm")), (2.0, said("</think>\n4", "stop"))], opens_think=True)
+    assert (opened.ttfvt_sec, opened.num_think_tokens) == (2.0, 1)
+    assert opened.text == "<think>hm</think>\n4"
+    parsed = read([(1.0, said("", reasoning="hm")), (2.0, said("4", "stop"))])
+    assert (parsed.ttfvt_sec, parsed.num_think_tokens, parsed.text) == (2.0, 1, "hm</think>4")
+
+
+def test_a_thinking_budget_closes_the_thinking_and_asks_for_the_answer():
+    server = FakeServer(num_tokens=12)
+    server.texts["hello"] = "<think>"
+    result = ask(server, thinking_budget=5, max_tokens=4)
+    first, second = server.log
+    assert first["max_tokens"] == 5 and second["max_tokens"] == 4
+    assert second["prompt"] == [1, 5, *server.answer("hello", True)[:5], 901, 902]
+    assert result.error is None and result.num_output_tokens == 9 and result.num_think_tokens == 5
+    assert result.text.count("</think>") == 1 and result.ttft_sec < result.ttfvt_sec <= result.e2e_sec
+
+
+def test_the_steps_of_a_speculative_request_are_its_own():
+    result = ask(FakeServer(tokens_per_step=3, num_tokens=7))
+    assert result.accepted_per_step == [2, 2] and result.drafted_per_step == [K, K]
+    assert result.acceptance.acceptance_length == pytest.approx(3.0)
+
+
+def test_a_wall_clock_that_jumps_is_reported_and_spoils_no_timing(monkeypatch):
+    jumped = iter([1000.0, 5000.0])
+    clocks = SimpleNamespace(time=lambda: next(jumped), perf_counter=time.perf_counter)
+    monkeypatch.setattr("specdec.evaluation.client.time", clocks)
+    result = ask(FakeServer(num_tokens=3))
+    assert result.clock_jump_sec == pytest.approx(4000, abs=60) and 0 < result.e2e_sec < 20 and not result.error

@@ -1,4 +1,4 @@
-"""The whole evaluation against two fake servers, as the command runs it."""
+"""The whole evaluation against fake servers, as the command runs it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import signal
 import threading
 
 import pytest
-from test_evaluation_client import FakeServer, serving
+from fake_server import FakeServer, serving
 
 from specdec.config import EvalConfig, RunConfig
 from specdec.evaluation import measure as measuring
-from specdec.evaluation.arms import PLAIN, SPEC, given_arms
-from specdec.evaluation.losslessness import BUG, TIE, check_losslessness
-from specdec.evaluation.measure import WARMUP_PROMPT, measure
-from specdec.evaluation.report import render_report
+from specdec.evaluation.arms import Arm
+from specdec.evaluation.losslessness import BUG, TIE
+from specdec.evaluation.measure import WARMUP_PROMPT
 from specdec.evaluation.run import evaluate
 from specdec.manifest import HeadManifest, TargetFingerprint
 from specdec.record import text_sha256
 
-PROMPTS = [f"question {i} <script>alert({i})</script>" for i in range(8)]
+PROMPTS = [f"what is question {i} of <script>alert({i})</script>?" for i in range(8)]
 CONTRACT = {
     "acceptance_length", "acceptance_rate", "per_position_rates", "trained_acceptance_length", "plain_tpot_sec",
     "spec_tpot_sec", "speedup_median", "speedup_ci95", "greedy_identity_rate", "num_requests",
@@ -35,12 +34,19 @@ def no_plots(request, monkeypatch):
         monkeypatch.setattr("specdec.evaluation.report.draw_plots", lambda result: [])
 
 
+def settings(tmp_path, servers: dict[str, FakeServer], **options) -> RunConfig:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "4", "checker": "exact"}) + "\n" for text in PROMPTS))
+    arms = [f"{name}={server.url}" for name, server in servers.items()]
+    chosen = {"max_new_tokens": 12, "distribution_samples": 0, "suites": [str(path)], "arms": arms, **options}
+    return RunConfig(eval=EvalConfig(**chosen))
+
+
 def run(plain, spec, tmp_path, **options):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    config = RunConfig(eval=EvalConfig(**{"max_new_tokens": 12, **options}))
-    with serving(*{id(server): server for server in (plain, spec)}.values()):
-        return evaluate(config, "fake", None, path, tmp_path / "out", plain.url, spec.url)
+    servers = {"plain": plain, "spec": spec}
+    config = settings(tmp_path, servers, **options)
+    with serving(*{id(server): server for server in servers.values()}.values()):
+        return evaluate(config, None, tmp_path / "out")
 
 
 def test_a_whole_run(tmp_path, capfd):
@@ -49,25 +55,33 @@ def test_a_whole_run(tmp_path, capfd):
     spec.forks[PROMPTS[2]] = (4, 77)
     fork_token = plain.answer(PROMPTS[2], True)[4]
     plain.logprobs = {fork_token: -0.7, 77: -0.72, 3: -4.0}
+    plain.texts[PROMPTS[0]] = "It is \\boxed{4}."
     result = run(plain, spec, tmp_path)
-    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == json.loads(json.dumps(result))
     summary = result["summary"]
     assert summary.keys() >= CONTRACT
     assert summary["acceptance_length"] == pytest.approx(3.0)
     assert summary["per_position_rates"] == [1.0, 1.0, 0.0]
     assert summary["speedup_median"] > 1.5 and summary["speedup_ci95"][0] > 1
-    assert summary["num_requests"] == 32 and set(result["modes"]) == {"greedy", "sampled"}
+    assert summary["num_requests"] == 32 and [cell["name"] for cell in result["cells"]] == ["greedy", "sampled"]
     assert result["errors"] == {"http_429": 3} and len(result["requests"]) == 48
     assert summary["greedy_identity_rate"] == pytest.approx(6 / 7)
-    assert result["losslessness"]["noise_floor_identity_rate"] == 1.0
-    (fork,) = result["losslessness"]["forks"]
+    (greedy,) = result["losslessness"]["greedy"]
+    assert greedy["noise_floor_identity_rate"] == 1.0
+    (fork,) = greedy["forks"]
     assert (fork["position"], fork["plain_token"], fork["spec_token"], fork["verdict"]) == (4, fork_token, 77, TIE)
     assert fork["margin_nats"] == pytest.approx(0.02)
-    probe = plain.log[-1]
+    probe = next(body for body in plain.log if "logprobs" in body)
     assert probe["prompt"] == [1, len(PROMPTS[2]), *plain.answer(PROMPTS[2], True)[:4]]
-    assert result["provenance"]["prompts_sha256"] == text_sha256(*PROMPTS)
+    graded = {(row["cell"], row["arm"]): row["pass_at_1"] for row in result["accuracy"]}
+    assert graded["greedy", "plain"] == pytest.approx(1 / 7) and graded["greedy", "spec"] == 0
+    assert {"arms", "suites", "latency", "accuracy", "losslessness", "errors"} <= result.keys()
+    assert result["latency"]["spec"]["ttft_sec"].keys() == {"p50", "p90", "p99"}
+    figures = result["cells"][0]["arms"]["spec"]
+    assert figures["tokens_per_step"] > 1.5 and figures["acceptance"]["draft_width_histogram"] == {"0": 0, "3": 64}
     captured = capfd.readouterr()
     assert captured.out == "" and "speed-up" in captured.err
+    assert not list((tmp_path / "out").glob("journal*"))
 
 
 def test_report_is_self_contained_and_escaped(tmp_path):
@@ -75,27 +89,53 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     spec.forks[PROMPTS[2]] = (4, 77)
     plain.logprobs = {1: -0.1, 2: -4.0}
     result = run(plain, spec, tmp_path, repeats=1, sampled=False)
-    assert result["losslessness"]["forks"][0]["verdict"] == BUG
+    assert result["losslessness"]["greedy"][0]["forks"][0]["verdict"] == BUG
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<img ") == 4 and page.count('src="data:image/svg+xml;base64,') == 4
+    assert page.count("<img ") >= 4 and page.count('src="data:image/svg+xml;base64,') == page.count("<img ")
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?\s*(https?:)?//""", page)
     assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;77&lt;/b&gt;" in page
+    assert "| " in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_the_arms_take_turns_and_warm_up_is_not_counted(tmp_path):
     order: list[str] = []
     plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=2)
-    plain.on_chat = lambda _: order.append(PLAIN)
-    spec.on_chat = lambda _: order.append(SPEC)
-    result = run(plain, spec, tmp_path, concurrency=3, sampled=False)
+    plain.on_chat = lambda _: order.append("plain")
+    spec.on_chat = lambda _: order.append("spec")
+    result = run(plain, spec, tmp_path, sampled=False)
     warmup = [body for body in plain.log if body["messages"][0]["content"] == WARMUP_PROMPT]
-    assert len(warmup) == 2 * 3 and result["summary"]["num_requests"] == 32
-    counted = order[2 * 2 * 3 :]
-    blocks = [counted[i : i + n] for i, n in zip((0, 3, 6, 9, 12, 14), (3, 3, 3, 3, 2, 2), strict=True)]
-    assert all(len(set(block)) == 1 for block in blocks)  # a block stays with one arm
-    assert all({a[0], b[0]} == {PLAIN, SPEC} for a, b in zip(blocks[::2], blocks[1::2], strict=True))
-    prompts = [body["messages"][0]["content"] for body in plain.log[6:14]]
-    assert sorted(prompts) == sorted(PROMPTS)
+    assert len(warmup) == measuring.WARMUP_ROUNDS and result["summary"]["num_requests"] == 32
+    counted = order[2 * measuring.WARMUP_ROUNDS :]
+    assert all(set(pair) == {"plain", "spec"} for pair in zip(counted[::2], counted[1::2], strict=True))
+    prompts = [body["messages"][0]["content"] for body in plain.log[measuring.WARMUP_ROUNDS :][:8]]
+    assert sorted(prompts) == sorted(PROMPTS) and prompts != PROMPTS
+
+
+def test_a_closed_loop_keeps_as_many_in_flight_as_it_says(tmp_path):
+    now, most, lock = 0, 0, threading.Lock()
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=2)
+    reply = plain.answer
+
+    def answer(prompt: str, greedy: bool) -> list[int]:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        threading.Event().wait(0.02)
+        with lock:
+            now -= 1
+        return reply(prompt, greedy)
+
+    plain.answer = answer
+    run(plain, spec, tmp_path, concurrency=[3], sampled=False, repeats=1)
+    assert most == 3
+
+
+def test_an_open_loop_sends_on_time_whatever_the_answers_take(tmp_path):
+    plain, spec = FakeServer(step_sec=0.05), FakeServer(step_sec=0.05, tokens_per_step=2)
+    result = run(plain, spec, tmp_path, arrival="poisson", rate=[50.0], sampled=False, repeats=1)
+    busy = result["cells"][0]["arms"]["plain"]["busy_sec"]
+    assert busy < 8 * 12 * 0.05 / 2 and result["summary"]["num_requests"] == 16
 
 
 def test_a_planted_slowdown_is_visible_over_http(tmp_path):
@@ -111,14 +151,24 @@ def test_one_server_as_both_arms_is_an_a_a_run(tmp_path):
     same = run(server, server, tmp_path, sampled=False, repeats=1)
     assert 0.8 < same["summary"]["speedup_median"] < 1.25
     assert same["summary"]["greedy_identity_rate"] == 1.0 and same["summary"]["acceptance_length"] is None
-    assert any("A/A" in note for note in same["notes"]) and any("spec_decode" in note for note in same["notes"])
+    assert any("A/A" in note for note in same["notes"])
 
 
-def test_a_spec_arm_without_counters_is_refused_before_measuring(tmp_path):
-    plain, spec = FakeServer(), FakeServer()
-    with pytest.raises(ValueError, match="vllm:spec_decode_num_drafts_total"):
-        run(plain, spec, tmp_path)
-    assert len(plain.log) == measuring.WARMUP_ROUNDS
+def test_a_broken_sampler_is_caught(tmp_path):
+    plain, spec = FakeServer(step_sec=0.0), FakeServer(step_sec=0.0, tokens_per_step=3)
+    honest = plain.answer
+
+    def other_tokens(prompt: str, greedy: bool) -> list[int]:
+        return honest(prompt, greedy) if greedy else [token + 1 for token in honest(prompt, greedy)]
+
+    spec.answer = other_tokens
+    options = {"greedy": False, "distribution_samples": 20, "distribution_prompts": 2}
+    (row,) = run(plain, spec, tmp_path, **options)["losslessness"]["distribution"]
+    assert row["arm"] == "spec" and row["lossy"] and row["num_prompts"] == 2 and row["num_samples"] == 20
+    spec.answer = honest
+    plain2, spec2 = FakeServer(step_sec=0.0), FakeServer(step_sec=0.0, tokens_per_step=3)
+    (row,) = run(plain2, spec2, tmp_path, **options)["losslessness"]["distribution"]
+    assert not row["lossy"]
 
 
 def test_a_failed_warm_up_names_the_arm(tmp_path):
@@ -128,14 +178,24 @@ def test_a_failed_warm_up_names_the_arm(tmp_path):
         run(FakeServer(), spec, tmp_path)
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
+def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     plain, spec = FakeServer(), FakeServer(tokens_per_step=3)
     spec.on_chat = lambda number: number == 6 and os.kill(os.getpid(), signal.SIGINT)
-    result = run(plain, spec, tmp_path)
-    assert result["interrupted"] and 4 <= result["summary"]["num_requests"] < 32
-    assert result["summary"]["acceptance_length"] == pytest.approx(3.0)
-    assert "interrupted" in (tmp_path / "out" / "report.html").read_text()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    config = settings(tmp_path, {"plain": plain, "spec": spec})
+    with serving(plain, spec):
+        result = evaluate(config, None, tmp_path / "out")
+        assert result["interrupted"] and 4 <= result["summary"]["num_requests"] < 32
+        assert result["summary"]["acceptance_length"] == pytest.approx(3.0)
+        assert "interrupted" in (tmp_path / "out" / "report.html").read_text()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        before = len(plain.log)
+        config.eval.seed = 1
+        with pytest.raises(ValueError, match="other settings"):
+            evaluate(config, None, tmp_path / "out")
+        config.eval.seed = 0
+        whole = evaluate(config, None, tmp_path / "out")
+    assert not whole["interrupted"] and whole["summary"]["num_requests"] == 32
+    assert len(plain.log) - before < 24 + measuring.WARMUP_ROUNDS  # what was there was not measured again
 
 
 def test_a_server_that_dies_in_the_middle_is_counted(tmp_path):
@@ -149,7 +209,7 @@ def test_a_server_that_dies_in_the_middle_is_counted(tmp_path):
     result = run(plain, spec, tmp_path, repeats=1, sampled=False)
     assert result["errors"].get("disconnected", 0) >= 3 and result["summary"]["num_requests"] == 16
     assert result["summary"]["speedup_median"] is not None
-    assert any("no acceptance" in note for note in result["notes"])
+    assert any("no counters" in note for note in result["notes"])
 
 
 def test_trained_acceptance_comes_from_the_manifest(tmp_path, monkeypatch):
@@ -169,41 +229,36 @@ def test_trained_acceptance_comes_from_the_manifest(tmp_path, monkeypatch):
         def fingerprint(self) -> TargetFingerprint:
             return fingerprint
 
-    monkeypatch.setattr("specdec.evaluation.run.resolve_target", lambda config: Resolved())
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    served = {"plain": plain, "spec": spec}
+
+    def start(specs, config, out_dir, servers):
+        return {
+            each.name: Arm(
+                name=each.name, url=served[each.name].url, model="m", options=each.options,
+                num_speculative_tokens=3 * ("head" in each.options),
+            )
+            for each in specs
+        }  # fmt: skip
+
+    monkeypatch.setattr("specdec.evaluation.run.resolve_target", lambda config: Resolved())
+    monkeypatch.setattr("specdec.evaluation.arms._start", start)
+    config = settings(tmp_path, served, repeats=1, sampled=False, arms=[])
     with serving(plain, spec):
-        config = RunConfig(eval=EvalConfig(repeats=1, sampled=False, max_new_tokens=12))
-        result = evaluate(config, "fake", head, path, tmp_path / "out", plain.url, spec.url)
+        result = evaluate(config, head, tmp_path / "out")
         fingerprint.hidden_size = 2
         with pytest.raises(ValueError, match="trained for another target"):
-            evaluate(config, "fake", head, path, tmp_path / "out", plain.url, spec.url)
+            evaluate(config, head, tmp_path / "out2")
     assert result["summary"]["trained_acceptance_length"] == pytest.approx(3.0)
     assert result["provenance"]["head"]["name"] == "eagle3"
-    assert "measured by training" in render_report(result)
 
 
-def test_bad_arguments_are_refused_early(tmp_path):
+def test_bad_arguments_are_refused_before_anything_starts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("hello\n")
-    with pytest.raises(ValueError, match="give both servers"):
-        evaluate(RunConfig(), "fake", None, path, tmp_path, "http://127.0.0.1:1", None)
+    with pytest.raises(ValueError, match="give --suite NAME"):
+        evaluate(RunConfig(), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="give --head DIR"):
-        evaluate(RunConfig(), "fake", None, path, tmp_path)
+        evaluate(RunConfig(eval=EvalConfig(suites=[str(path)])), None, tmp_path)
     with pytest.raises(ValueError, match="head directory"):
-        evaluate(RunConfig(), "fake", tmp_path / "absent", path, tmp_path)
-
-
-def test_differently_rendered_prompts_are_no_identity(tmp_path):
-    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=2)
-    config = EvalConfig(repeats=1, sampled=False, max_new_tokens=4)
-    with serving(plain, spec):
-        both = given_arms(plain.url, spec.url + "/v1/")
-        measurement = measure(config, both, PROMPTS[:2])
-        for record in measurement.modes["greedy"].records:
-            if record.arm == SPEC and record.prompt_index == 0:
-                record.result.prompt_token_ids = [1, 2, 3, 4]
-        found = check_losslessness(measurement, both, "float32")
-    assert found["greedy_identity_rate"] == 0.5 and "different prompts" in found["forks"][0]["why"]
-    assert found["noise_floor_identity_rate"] is None
+        evaluate(RunConfig(eval=EvalConfig(suites=[str(path)])), tmp_path / "absent", tmp_path)

@@ -1,0 +1,157 @@
+"""The same server measured by three clients in turn: ``specdec eval``, ``vllm bench serve`` and guidellm.
+
+One round is one pass of each client over the same prompts, greedy, one request at a time; the figure of a client is
+the median of its rounds. Acceptance is compared with the server's own Prometheus counters around the pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from specdec.config import RunConfig
+from specdec.evaluation.acceptance import parse_acceptance, window
+from specdec.evaluation.arm_specs import ArmSpec
+from specdec.evaluation.arms import open_arms
+from specdec.evaluation.suites import load_suite
+from specdec.record import provenance, write_json_atomic
+from specdec.targets import resolve_target
+
+OUT = Path(__file__).with_name("result.json")
+WORK = Path("runs/crosscheck")
+NUM_TOKENS = 64
+FIGURES = ("ttft_sec", "tpot_sec", "throughput_tok_per_sec")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:4])} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+    """An A/A run: both arms are the server, so its figures pool two passes."""
+    out = WORK / f"specdec-{label}"
+    settings = (
+        f"eval.max_new_tokens={NUM_TOKENS}", "eval.repeats=1", "eval.sampled=false", "eval.num_prompts=1000",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "specdec", "eval", "--target", target, "--prompts", str(prompts)]
+    command += ["--out", str(out), "--arm", f"a={url}", "--arm", f"b={url}"]
+    run([*command, *(f"--set={item}" for item in settings)])
+    result = json.loads((out / "result.json").read_text())
+    arms = result["cells"][0]["arms"]
+    rows = [row for row in result["requests"] if not row["error"]]
+    steps = sum(row["num_drafts"] for row in rows)
+    return {
+        "ttft_sec": statistics.fmean(row["ttft_sec"] for row in rows),
+        "tpot_sec": statistics.fmean(row["tpot_sec"] for row in rows),
+        "throughput_tok_per_sec": sum(arm["num_output_tokens"] for arm in arms.values())
+        / sum(arm["busy_sec"] for arm in arms.values()),
+        "acceptance_length": 1 + sum(row["num_accepted_tokens"] for row in rows) / steps if steps else 0.0,
+    }
+
+
+def by_vllm_bench(url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+    count = len(prompts.read_text().splitlines())
+    name = f"vllm-{label}.json"
+    model = str(resolve_target(RunConfig().target).path) if target == RunConfig().target.name else target
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"]
+    command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", target, "--tokenizer", model]
+    command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(count)]
+    command += ["--custom-output-len", str(NUM_TOKENS), "--max-concurrency", "1", "--temperature", "0"]
+    command += ["--skip-chat-template", "--disable-shuffle", "--save-result", "--result-dir", str(WORK)]
+    run([*command, "--result-filename", name])
+    found = json.loads((WORK / name).read_text())
+    return {
+        "ttft_sec": found["mean_ttft_ms"] / 1e3,
+        "tpot_sec": found["mean_tpot_ms"] / 1e3,
+        "throughput_tok_per_sec": found["output_throughput"],
+    }
+
+
+def by_guidellm(guidellm: str, url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+    count = len(prompts.read_text().splitlines())
+    out = WORK / f"guidellm-{label}.json"
+    model = str(resolve_target(RunConfig().target).path) if target == RunConfig().target.name else target
+    backend = {
+        "kind": "openai_http", "target": url, "model": target, "request_format": "/v1/chat/completions",
+        "extras": {"body": {"max_tokens": NUM_TOKENS, "temperature": 0}},
+    }  # fmt: skip
+    command = [guidellm, "run", "--backend", json.dumps(backend), "--profile", "kind=synchronous"]
+    command += ["--constraint", f"kind=max_requests,count={count}", "--tokenizer", f"kind=hf_auto,model={model}"]
+    command += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={out}"]
+    run([*command, "--disable-console"])
+    metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
+
+    def mean(name: str) -> float:
+        return metrics[name]["successful"]["mean"]
+
+    return {
+        "ttft_sec": mean("time_to_first_token_ms") / 1e3,
+        # guidellm's "time per output token" counts the first; its inter-token latency is (e2e - ttft) / (n - 1).
+        "tpot_sec": mean("inter_token_latency_ms") / 1e3,
+        "throughput_tok_per_sec": mean("output_tokens_per_second"),
+    }
+
+
+def counters(url: str) -> Any:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
+        return parse_acceptance(page.read().decode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guidellm", required=True)
+    parser.add_argument("--head", required=True)
+    parser.add_argument("--target", default=RunConfig().target.name)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-prompts", type=int, default=8)
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    prompts = WORK / "prompts.jsonl"
+    items = load_suite("reasoning-gym", options.num_prompts, seed=7).items
+    prompts.write_text("".join(json.dumps({"prompt": item.turns[0]}) + "\n" for item in items))
+    config = RunConfig()
+    config.target.name = options.target
+    config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, 4, 1
+    # The other clients can't keep a repeated prompt from being found in the prefix cache.
+    spec = ArmSpec(name="served", options={"head": options.head, "vllm.no-enable-prefix-caching": "true"})
+    rounds: dict[str, list[dict[str, float]]] = {"specdec": [], "vllm_bench": [], "guidellm": []}
+    with open_arms([spec], config, WORK) as arms:
+        url = arms["served"].url
+        by_specdec(url, prompts, options.target, "warm-up")
+        for number in range(options.rounds):
+            before = counters(url)
+            ours = by_specdec(url, prompts, options.target, str(number))
+            rounds["specdec"].append(ours | {"prometheus": prometheus(before, counters(url))})
+            rounds["vllm_bench"].append(by_vllm_bench(url, prompts, options.target, str(number)))
+            rounds["guidellm"].append(by_guidellm(options.guidellm, url, prompts, options.target, str(number)))
+            print(json.dumps({name: found[-1] for name, found in rounds.items()}), file=sys.stderr, flush=True)
+    write_json_atomic(OUT, summarise(rounds, provenance(head=options.head, num_prompts=options.num_prompts)))
+    print(json.dumps(json.loads(OUT.read_text())["ratios"]))
+
+
+def prometheus(before: Any, after: Any) -> float | None:
+    return window(before, after)[0].acceptance_length
+
+
+def summarise(rounds: dict[str, list[dict[str, float]]], facts: dict[str, Any]) -> dict[str, Any]:
+    medians = {
+        client: {name: statistics.median(each[name] for each in found) for name in FIGURES}
+        for client, found in rounds.items()
+    }
+    ratios = {
+        rival: {name: medians["specdec"][name] / medians[rival][name] for name in FIGURES}
+        for rival in ("vllm_bench", "guidellm")
+    }
+    return {"ratios": ratios, "medians": medians, "rounds": rounds, "provenance": facts}
+
+
+if __name__ == "__main__":
+    main()

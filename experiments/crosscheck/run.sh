@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Are the instrument's figures those of `vllm bench serve` and of guidellm, on one server, prompts and load?
+# Rounds of the three clients in turn; about 15 minutes on 2 cores. guidellm gets an environment of its own.
+#   experiments/crosscheck/run.sh [HEAD_DIR [ROUNDS [PROMPTS]]]       (default: the demo's head, 3 rounds, 8 prompts)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+rival=${GUIDELLM_VENV:-runs/crosscheck/guidellm-venv}
+if [ ! -x "$rival/bin/guidellm" ]; then
+    "$python" -m venv "$rival"
+    "$rival/bin/pip" install --quiet --disable-pip-version-check guidellm==0.8.1
+fi
+PYTHONPATH=$PWD "$python" experiments/crosscheck/crosscheck.py --guidellm "$rival/bin/guidellm" \
+    --head "${1:-runs/demo/head}" --rounds "${2:-3}" --num-prompts "${3:-8}"

@@ -1,0 +1,181 @@
+"""Finds a suite: by name in the data folder or on the hub, in a named file, or as the user's own prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from specdec.evaluation.suites.base import (
+    Item,
+    Suite,
+    Verdict,
+    draw,
+    make_suite,
+    read_rows,
+    read_text_rows,
+    refuse_duplicate_ids,
+)
+from specdec.evaluation.suites.catalogue import (
+    RECIPES,
+    HubSource,
+    Row,
+    SuiteRecipe,
+    category_of,
+    id_of,
+    turns_of,
+    with_directive,
+)
+from specdec.evaluation.suites.gym import load_gym
+from specdec.evaluation.suites.maths import check_exact, check_maths
+from specdec.evaluation.suites.random_tokens import looks_like_random_tokens
+
+DATA_VARIABLE = "SPECDEC_DATA_DIR"
+GYM = "reasoning_gym"
+PROMPT_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+OWN_CHECKERS = {"math": check_maths, "exact": check_exact}
+
+
+def suite_names() -> list[str]:
+    """The names that ``load_suite`` knows."""
+    return [*RECIPES, GYM]
+
+
+def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | None = None) -> Suite:
+    """The suite that ``spec`` names, or ``num_items`` of it: a random part, the same for the same ``seed``.
+
+    Args:
+        spec: a name of ``suite_names()``; ``NAME=FILE``; ``NAME=hf:ORG/DATASET[:CONFIG[:SPLIT]]``; or a
+            .jsonl, .jsonl.gz or .txt file of your own prompts.
+        num_items: None for all; more than there are is all. reasoning_gym makes as many as asked, 120 for None.
+        data_dir: where ``bench/NAME*.jsonl[.gz]`` lie; by default the environment variable SPECDEC_DATA_DIR.
+
+    Raises:
+        ValueError: the suite can't be had, or a line, an id or the prompts themselves are not usable; says what to do.
+    """
+    if num_items is not None and num_items < 1:
+        raise ValueError(f"the number of items is {num_items}; give at least 1, or none for all")
+    name, named, place = spec.partition("=")
+    if named and name in suite_names():
+        return _named_elsewhere(name, place, num_items, seed)
+    if spec.replace("-", "_") == GYM:  # the package spells it with a hyphen
+        return load_gym(num_items, seed)
+    if spec in RECIPES:
+        path = _bench_file(spec, data_dir)
+        return (
+            _from_hub(spec, RECIPES[spec].hub, num_items, seed)
+            if path is None
+            else _from_file(spec, path, num_items, seed)
+        )
+    if not spec.endswith(PROMPT_SUFFIXES):
+        raise ValueError(
+            f"{spec!r} is no suite; give one of {', '.join(suite_names())}, NAME=FILE, NAME=hf:ORG/DATASET, "
+            f"or a file of prompts that ends in {' or '.join(PROMPT_SUFFIXES)}"
+        )
+    return _own_prompts(Path(spec), num_items, seed)
+
+
+def _named_elsewhere(name: str, place: str, num_items: int | None, seed: int) -> Suite:
+    if name == GYM:
+        raise ValueError(f"{GYM} is generated and takes no file; write {GYM} alone")
+    if not place.startswith("hf:"):
+        return _from_file(name, Path(place), num_items, seed)
+    parts = place.removeprefix("hf:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(f"{name}={place} does not name a data set; write {name}=hf:ORG/DATASET[:CONFIG[:SPLIT]]")
+    dataset, config, split = (part or None for part in (*parts, "", "")[:3])
+    return _from_hub(name, (HubSource(dataset=str(dataset), config=config, split=split),), num_items, seed)
+
+
+def _bench_file(name: str, data_dir: Path | None) -> Path | None:
+    """The first file of the data folder whose name starts with the suite's; an exact name comes before longer ones."""
+    root = data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    if root is None:
+        return None
+    found = [path for suffix in (".jsonl", ".jsonl.gz") for path in (root / "bench").glob(f"{name}*{suffix}")]
+    return min(found, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def _from_file(name: str, path: Path, num_items: int | None, seed: int) -> Suite:
+    return _assemble(name, str(path), read_rows(path), RECIPES[name], num_items, seed)
+
+
+def _from_hub(name: str, sources: tuple[HubSource, ...], num_items: int | None, seed: int) -> Suite:
+    """The first of the data sets that can be loaded."""
+    advice = f"give {name}=FILE, or set {DATA_VARIABLE} to a folder with bench/{name}.jsonl"
+    if not sources:
+        raise ValueError(f"{name} is not on the hub; {advice}")
+    failures = []
+    for source in sources:
+        try:
+            rows = _hub_rows(source)
+        except Exception as error:  # datasets raises a dozen kinds for no network, no such name, no such split
+            failures.append(f"{source.dataset}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        where = ((f"{source.dataset} row {number}", row) for number, row in enumerate(rows))
+        return _assemble(name, source.dataset, where, RECIPES[name], num_items, seed)
+    raise ValueError(
+        f"{name} could not be loaded ({'; '.join(failures)}); {advice}, or name one with {name}=hf:ORG/DATASET"
+    )
+
+
+def _hub_rows(source: HubSource) -> list[Row]:
+    import datasets
+
+    if source.split is not None:
+        return [dict(row) for row in datasets.load_dataset(source.dataset, source.config, split=source.split)]
+    splits: Any = datasets.load_dataset(source.dataset, source.config)
+    if "test" not in splits and len(splits) > 1:
+        raise ValueError(f"has the splits {', '.join(splits)}; name one: hf:{source.dataset}:CONFIG:SPLIT")
+    return [dict(row) for row in splits["test" if "test" in splits else next(iter(splits))]]
+
+
+def _assemble(
+    name: str, source: str, rows: Iterable[tuple[str, Row]], recipe: SuiteRecipe, num_items: int | None, seed: int
+) -> Suite:
+    items = [recipe.to_item(name, where, number, row) for number, (where, row) in enumerate(rows)]
+    if not items:
+        raise ValueError(f"{source} is empty; it needs one task a row")
+    refuse_duplicate_ids(items, source)
+    return make_suite(name, source, draw(items, num_items, seed, recipe.balanced), recipe.check)
+
+
+def _own_prompts(path: Path, num_items: int | None, seed: int) -> Suite:
+    """The user's prompts as they are; those with an answer to check by maths also ask for a box."""
+    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    rows = read_text_rows(path) if path.suffix == ".txt" else read_rows(path)
+    items = [_own_item(name, where, number, row) for number, (where, row) in enumerate(rows)]
+    refuse_duplicate_ids(items, str(path))
+    num_soup = sum(looks_like_random_tokens("\n".join(item.turns)) for item in items)
+    if num_soup > len(items) / 2:
+        raise ValueError(
+            f"{path}: {num_soup} of {len(items)} prompts look like random tokens; acceptance measured on random tokens "
+            "says nothing about your traffic, because no draft head can foresee an answer to noise. Give prompts that "
+            f"your users send, or a suite: {', '.join(suite_names())}"
+        )
+    return make_suite(name, str(path), draw(items, num_items, seed), check_own)
+
+
+def _own_item(name: str, where: str, number: int, row: Row) -> Item:
+    answer, checker = row.get("answer"), row.get("checker", "math")
+    if checker not in OWN_CHECKERS:
+        raise ValueError(f"{where}: the checker is {checker!r}; give one of {', '.join(OWN_CHECKERS)}")
+    if isinstance(answer, list | dict | bool) or (answer is not None and not str(answer).strip()):
+        raise ValueError(f"{where}: the answer must be text or a number; leave it out where there is none")
+    turns = turns_of(where, row)
+    if answer is not None and checker == "math":
+        turns = (*turns[:-1], with_directive(turns[-1]))
+    return Item(
+        suite=name,
+        id=id_of(name, number, row),
+        turns=turns,
+        answer=None if answer is None else str(answer).strip(),
+        category=category_of(row),
+        context={"checker": checker},
+    )
+
+
+def check_own(item: Item, response: str) -> Verdict:
+    """Judge by the checker that the item's line names."""
+    return OWN_CHECKERS[item.context["checker"]](item, response)

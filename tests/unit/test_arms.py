@@ -1,0 +1,148 @@
+"""Arms as typed, and the processes that serve them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from specdec.config import RunConfig
+from specdec.evaluation import arms
+from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs, serve_arguments
+from specdec.manifest import HeadManifest, TargetFingerprint
+
+
+@pytest.fixture
+def head(tmp_path):
+    fingerprint = TargetFingerprint(
+        architecture="LlamaForCausalLM", hidden_size=1, num_hidden_layers=1, vocab_size=1,
+        weights_sha256="w", chat_template_sha256="c",
+    )  # fmt: skip
+    HeadManifest(
+        head="eagle3", vllm_method="eagle3", num_speculative_tokens=3, target_name="t", target=fingerprint,
+        draft_vocab_size=8,
+    ).save(tmp_path / "head")  # fmt: skip
+    return tmp_path / "head"
+
+
+def test_arms_as_typed(head):
+    texts = ["a=http://h:1/v1", "b=plain", "c=k=2", "d=method=ngram,k=4,serve.max_num_seqs=2", "e=head=other"]
+    specs = parse_specs(texts, head)
+    assert [spec.name for spec in specs] == list("abcde")
+    assert specs[0].url == "http://h:1/v1" and specs[1].is_plain
+    assert specs[2].options == {"k": "2", "head": str(head)}
+    assert specs[3].options["method"] == "ngram" and "head" not in specs[3].options
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a=plain"], "two or more"),
+        (["a=plain", "a=method=ngram"], "one name"),
+        (["a=plain", "plain"], "an arm is"),
+        (["a=plain", "b=nonsense=1"], "can't read 'nonsense=1'"),
+        (["a=plain", "b=method=eagle"], "ngram or suffix"),
+        (["a=plain", "b=k=2"], "needs a head"),
+        (["a=plain", "b=head=h,table=1:3"], "1-4:3"),
+        (["a=plain", "b=head=h,synthetic=many"], "number above 0"),
+    ],
+)
+def test_arms_that_make_no_sense(texts, message):
+    with pytest.raises(ValueError, match=message):
+        parse_specs(texts, None)
+
+
+def test_nothing_to_compare_without_head_or_arms():
+    with pytest.raises(ValueError, match="give --head DIR"):
+        default_specs(None)
+
+
+def speculative(arguments: list[str]) -> dict:
+    return json.loads(arguments[arguments.index("--speculative-config") + 1])
+
+
+def test_each_arm_asks_for_its_own_server(head):
+    plain = serve_arguments(ArmSpec(name="p"))
+    assert plain[0] == "--no-speculation" and "--speculative-config" not in plain
+    narrow = serve_arguments(ArmSpec(name="n", options={"head": str(head), "k": "2"}))
+    assert narrow[:2] == ["--head", str(head)] and "serve.num_speculative_tokens=2" in narrow
+    ngram = serve_arguments(ArmSpec(name="g", options={"method": "ngram", "k": "4"}))
+    assert ngram[0] == "--no-speculation" and speculative(ngram)["num_speculative_tokens"] == 4
+    table = speculative(serve_arguments(ArmSpec(name="t", options={"head": str(head), "table": "1-4:3/5-16:0"})))
+    assert table["num_speculative_tokens_per_batch_size"] == [[1, 4, 3], [5, 16, 0]]
+    assert (table["method"], table["num_speculative_tokens"]) == ("eagle3", 3)
+    pretended = ArmSpec(name="s", options={"head": str(head), "synthetic": "2.5"})
+    assert pretended.is_synthetic
+    assert speculative(serve_arguments(pretended))["synthetic_acceptance_length"] == 2.5
+    own = serve_arguments(
+        ArmSpec(name="o", options={"vllm.max-num-seqs": "8", "vllm.trust-it": "true", "quantization": "fp8"})
+    )
+    assert "--trust-it" in own
+    assert "--max-num-seqs=8" in own[own.index("--") :] and own[-2] != "--" and "fp8" in own
+
+
+def test_free_ports_differ():
+    assert len(set(arms.free_ports(8))) == 8
+
+
+STAND_IN = """
+import json, signal, sys, time
+port = sys.argv[sys.argv.index("--port") + 1]
+spec = "--head" in sys.argv
+print("a line that is no message", flush=True)
+if {fails} and spec:
+    sys.exit("head does not fit")
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped", file=sys.stderr, flush=True), sys.exit(0)))
+print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}", "model": "m",
+                   "num_speculative_tokens": {k} if spec else 0}}), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, head):
+    """``open_arms`` with a script in the place of ``specdec serve``."""
+
+    def open_stand_ins(fails=False, k=3):
+        script = tmp_path / "serve.py"
+        script.write_text(STAND_IN.format(fails=fails, k=k))
+        popen = subprocess.Popen
+        monkeypatch.setattr(
+            arms.subprocess, "Popen", lambda command, **kw: popen([sys.executable, str(script), *command[3:]], **kw)
+        )
+        return arms.open_arms(default_specs(head), RunConfig(), tmp_path / "out")
+
+    return open_stand_ins
+
+
+def test_started_arms_are_ready_and_stopped(start, tmp_path):
+    with start() as started:
+        assert list(started) == ["plain", "spec"]
+        assert started["plain"].num_speculative_tokens == 0 and started["spec"].num_speculative_tokens == 3
+        assert started["plain"].url != started["spec"].url
+    assert "stopped" in (tmp_path / "out" / "plain-server.log").read_text()
+    assert "stopped" in (tmp_path / "out" / "spec-server.log").read_text()
+
+
+def test_a_server_that_ends_early_shows_its_log(start):
+    with (
+        pytest.raises(ValueError, match=r"spec server ended with status 1 [\s\S]*head does not fit"),
+        start(fails=True),
+    ):
+        pass
+
+
+def test_a_spec_server_without_speculation_is_refused(start):
+    with pytest.raises(ValueError, match="came up without speculation"), start(k=0):
+        pass
+
+
+def test_a_given_server_that_does_not_answer_is_named(tmp_path):
+    specs = [ArmSpec(name="mine", url=f"http://127.0.0.1:{arms.free_ports(1)[0]}"), ArmSpec(name="b", url="http://x:1")]
+    with (
+        pytest.raises(ValueError, match=r"the mine server .* does not answer"),
+        arms.open_arms(specs, RunConfig(), tmp_path),
+    ):
+        pass
