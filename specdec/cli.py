@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def evaluate(
     concurrency: Annotated[str | None, typer.Option(help="Requests in flight; 1,4,16 is a sweep.")] = None,
     arrival: Annotated[str | None, typer.Option(help="closed, poisson, gamma:SHAPE or trace:FILE.")] = None,
     rate: Annotated[str | None, typer.Option(help="Requests per second of an open loop; 0.5,1,2 is a sweep.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Sampled answers per prompt.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Sampled answers per prompt; 1,4,16 is a sweep.")] = None,
     thinking_budget: Annotated[str | None, typer.Option(help="Thinking tokens; 256,1024 is a sweep.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of the machine: adds costs to the report.")] = None,
     config: Config = None,
@@ -169,15 +170,43 @@ def evaluate(
     """Measure acceptance, speed-up, losslessness and accuracy of servers side by side."""
     from specdec.evaluation.run import evaluate as run_evaluate
 
-    lists = {"concurrency": concurrency, "rate": rate, "thinking_budgets": thinking_budget}
+    lists = {"concurrency": concurrency, "rate": rate, "thinking_budgets": thinking_budget, "num_samples": samples}
     given = [f"eval.{name}=[{text}]" for name, text in lists.items() if text is not None]
-    single = {"arrival": arrival, "num_samples": samples, "price_per_hour": price_per_hour}
+    single = {"arrival": arrival, "price_per_hour": price_per_hour}
     given += [f"eval.{name}={value}" for name, value in single.items() if value is not None]
     run = _load(config, [*(overrides or []), *given], target)
     run.eval.suites = [*(suite or []), *([str(prompts)] if prompts else [])] or run.eval.suites
     run.eval.arms = arm or run.eval.arms
     result = run_evaluate(run, head, out)
     _echo_json({"result": str(out / "result.json"), "report": str(out / "report.html"), **result["summary"]})
+
+
+@app.command()
+def doctor(
+    head: Annotated[Path, typer.Argument(help="Directory of a draft head: EAGLE-1, EAGLE-3, speculators or Medusa.")],
+    target: Target = None,
+    parity: Annotated[bool, typer.Option("--parity", help="Also serve it and compare with training's figure.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Held-out prompts for --parity: val_prompts.jsonl.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Look for what is wrong with a head, above all what vLLM would not tell. Exits with 1 when it finds something."""
+    from specdec.doctor import diagnose
+    from specdec.doctor.parity import check_parity
+    from specdec.targets import resolve_target
+
+    run = _load(config, overrides, target)
+    findings = diagnose(head, resolve_target(run.target))
+    if parity and not findings:
+        findings = check_parity(run, head, prompts)
+    if as_json:
+        _echo_json({"head": str(head), "clean": not findings, "findings": [asdict(finding) for finding in findings]})
+    for finding in [] if as_json else findings:
+        typer.echo(f"{finding.code}: {finding.what}\n  fix: {finding.fix}")
+    if not findings and not as_json:
+        typer.echo(f"{head}: nothing found")
+    raise typer.Exit(1 if findings else 0)
 
 
 @app.command()

@@ -102,7 +102,7 @@ class EvalConfig:
     repeats: int = 2  # of the greedy cells
     sampled: bool = True  # also measure at the target's default sampling
     temperature: float | None = None  # of the sampled cells; None: the target's default
-    num_samples: int = 1  # answers per prompt of the sampled cells
+    num_samples: list[int] = field(default_factory=lambda: [1])  # answers per prompt of the sampled cells
     distribution_samples: int = 64  # per prompt, of the two-sample test at temperature 1; 0: no test
     distribution_prompts: int = 4
     price_per_hour: float | None = None  # of the machine, in your currency

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the instrument find a planted 10 % slowdown, a planted loss of 5 % of the drafts and a lenient sampler, and
-# nothing where nothing is? Five servers of one head, side by side; about 25 minutes on 2 cores, resumable.
-#   experiments/planted/run.sh [HEAD_DIR [PROMPTS_PER_SUITE]]       (default: the demo's head, 16)
+# nothing where nothing is? Five servers of one head, side by side; about 15 minutes on 2 cores, resumable.
+#   experiments/planted/run.sh [HEAD_DIR [PROMPTS]]                 (default: the demo's head, 16)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 head=${1:-runs/demo/head}
@@ -15,6 +15,6 @@ plant=head=$head,vllm.scheduler-cls=experiments.planted.plant
     --arm spec=head="$head" --arm same=head="$head" \
     --arm slow="$plant.slow" --arm drafts="$plant.drafts" --arm sampler="$plant.sampler" \
     --set serve.max_model_len=1024 --set serve.max_num_seqs=16 --set serve.kv_cache_gib=1 \
-    --set eval.num_prompts="$prompts" --set eval.max_new_tokens=96 --set eval.repeats=2 \
-    --set eval.distribution_samples=128 --set eval.distribution_prompts=8
+    --set eval.num_prompts="$prompts" --set eval.max_new_tokens=64 --set eval.repeats=2 --set eval.sampled=false \
+    --set eval.distribution_samples=128 --set eval.distribution_prompts=6
 "$python" experiments/planted/verdict.py runs/planted

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 STOP_ABOVE = "above this concurrency, stop"
@@ -25,6 +26,7 @@ NOT_MONOTONE = "slower at some concurrencies, but not at the highest: no single 
 
 BANDWIDTH_BYTES = 256 * 2**20  # far more than the caches hold
 BANDWIDTH_ROUNDS = 4
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def cost_points(
@@ -154,6 +156,12 @@ def memory_bound(
     if bandwidth_bytes_per_sec <= 0:
         raise ValueError(f"the bandwidth must be positive, not {bandwidth_bytes_per_sec} bytes/s")
     return (weight_bytes + kv_bytes_per_token * context_tokens) / bandwidth_bytes_per_sec
+
+
+def weight_bytes_of(directory: Path, stored_dtype: str, dtype: str) -> int:
+    """Bytes of the safetensors in ``directory`` once they are held in ``dtype``."""
+    stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return stored * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(stored_dtype, 2)
 
 
 def measure_bandwidth(num_bytes: int = BANDWIDTH_BYTES) -> float:

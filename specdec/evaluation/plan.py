@@ -42,16 +42,20 @@ def cells_of(config: EvalConfig) -> list[Cell]:
         ValueError: nothing to measure, or settings that contradict each other.
     """
     _check(config)
-    sampled = [(SAMPLED, config.temperature)] if config.sampled else []
-    modes: list[tuple[str, float | None]] = [*([(GREEDY, 0.0)] if config.greedy else []), *sampled]
+    modes: list[tuple[str, float | None, int]] = [(GREEDY, 0.0, 1)] if config.greedy else []
+    if config.sampled:
+        modes += [(SAMPLED, config.temperature, num_samples) for num_samples in config.num_samples]
     budgets: list[int | None] = [*config.thinking_budgets] or [None]
     rates: list[float | None] = [*config.rate] or [None]
     cells = []
-    for (mode, temperature), concurrency, rate, budget in itertools.product(modes, config.concurrency, rates, budgets):
+    for (mode, temperature, num_samples), concurrency, rate, budget in itertools.product(
+        modes, config.concurrency, rates, budgets
+    ):
         parts = [mode]
         parts += [f"c{concurrency}"] if len(config.concurrency) > 1 else []
         parts += [f"r{rate:g}"] if len(rates) > 1 and rate is not None else []
         parts += [f"b{budget}"] if len(budgets) > 1 else []
+        parts += [f"n{num_samples}"] if len(config.num_samples) > 1 and mode == SAMPLED else []
         cells.append(
             Cell(
                 name=" ".join(parts),
@@ -61,8 +65,8 @@ def cells_of(config: EvalConfig) -> list[Cell]:
                 rate=rate,
                 max_new_tokens=config.max_new_tokens,
                 thinking_budget=budget,
+                num_samples=num_samples,
                 # Greedy answers do not differ; sampled ones do, so more samples tell more than repeats.
-                num_samples=1 if mode == GREEDY else config.num_samples,
                 repeats=config.repeats if mode == GREEDY else 1,
             )
         )
@@ -74,15 +78,15 @@ def _check(config: EvalConfig) -> None:
         raise ValueError("nothing to measure: set eval.greedy or eval.sampled")
     if config.temperature is not None and not config.temperature > 0:
         raise ValueError("eval.temperature is of the sampled cells and must be above 0; greedy has cells of its own")
-    for name in ("repeats", "num_samples", "max_new_tokens", "num_prompts"):
+    for name in ("repeats", "max_new_tokens", "num_prompts"):
         if getattr(config, name) < 1:
             raise ValueError(f"eval.{name} must be at least 1")
-    for name in ("concurrency", "thinking_budgets"):
+    for name in ("concurrency", "thinking_budgets", "num_samples"):
         values = getattr(config, name)
         if any(value < 1 for value in values) or len(set(values)) < len(values):
             raise ValueError(f"eval.{name} must be different numbers of at least 1, got {values}")
-    if not config.concurrency:
-        raise ValueError("eval.concurrency needs at least one number")
+    if not config.concurrency or not config.num_samples:
+        raise ValueError("eval.concurrency and eval.num_samples need at least one number")
     if config.arrival != CLOSED and config.concurrency != [1]:
         raise ValueError("an open loop has no concurrency: drop --concurrency, or the arrival")
     rates: list[float | None] = [*config.rate] or [None]

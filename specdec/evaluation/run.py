@@ -20,7 +20,8 @@ from specdec.evaluation.acceptance import trained_acceptance
 from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs
 from specdec.evaluation.arms import Arm, open_arms
 from specdec.evaluation.client import ArmClient
-from specdec.evaluation.distribution import collect_samples, two_sample_test
+from specdec.evaluation.cost import measure_bandwidth, memory_bound, weight_bytes_of
+from specdec.evaluation.distribution import LogProbs, Samples, collect_samples, prefix_log_probs, two_sample_test
 from specdec.evaluation.figures import Prices
 from specdec.evaluation.journal import Journal
 from specdec.evaluation.losslessness import check_greedy
@@ -79,7 +80,8 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     trained = _trained(measurement, manifest, suites, arms)
     facts = _facts(config, head_dir, manifest, sampling, suites, arms)
     prices = Prices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Prices)})
-    result = build_result(measurement, arms, suites, losslessness, trained, prices, facts)
+    bound_sec = _plain_step_bound_sec(config, arms)
+    result = build_result(measurement, arms, suites, losslessness, trained, prices, facts, bound_sec)
     write_json_atomic(out_dir / "result.json", result)
     (out_dir / "report.html").write_text(render_report(result), encoding="utf-8")
     (out_dir / "summary.md").write_text(render_markdown(result), encoding="utf-8")
@@ -138,7 +140,7 @@ async def _measure(
 
         greedy = await check_greedy(measurement, baseline, _dtype(config, baseline.arm), prompt_text)
         distribution = []
-        if settings.distribution_samples and settings.sampled and not measurement.interrupted:
+        if settings.distribution_samples and not measurement.interrupted:
             distribution = await _distribution(settings, suites, clients, measurement)
     return {"greedy": greedy, "distribution": distribution}
 
@@ -150,20 +152,37 @@ async def _distribution(
     prompts = {f"{suite.name}/{item.id}": item.turns[0] for suite in suites for item in suite.items}
     prompts = dict(list(prompts.items())[: settings.distribution_prompts])
     tested = {name: client for name, client in clients.items() if not client.arm.synthetic}
+    in_flight = max(16, *settings.concurrency)
     samples = {}
     with progress_bar("two-sample test", len(tested)) as advance:
         for name, client in tested.items():
             client.cold_prompts = False  # nothing is timed, and each prompt is sent many times
-            in_flight = max(16, *settings.concurrency)
             found = await collect_samples(
                 client, prompts, settings.distribution_samples, DISTRIBUTION_TOKENS, in_flight
             )
             for kind, count in found.errors.items():
                 measurement.notes.append(f"two-sample test: {count} requests to {name} failed: {kind}")
-            samples[name] = found.by_prompt
+            samples[name] = found
             advance(1, name)
-    baseline = samples.pop(measurement.baseline, {})
-    return [{"arm": name, **two_sample_test(baseline, found)} for name, found in samples.items()]
+        log_probs = await _log_probs(clients[measurement.baseline], list(samples.values()), in_flight, measurement)
+    baseline = samples.pop(measurement.baseline)
+    return [
+        {"arm": name, **two_sample_test(baseline.by_prompt, found.by_prompt, log_probs=log_probs)}
+        for name, found in samples.items()
+    ]
+
+
+async def _log_probs(
+    client: ArmClient, samples: list[Samples], in_flight: int, measurement: Measurement
+) -> LogProbs | None:
+    """The target's own opinion of what was sampled; the test is weaker without, and says so."""
+    import httpx
+
+    try:
+        return await prefix_log_probs(client, samples[0].prompt_token_ids, samples, in_flight)
+    except (httpx.HTTPError, ValueError) as error:
+        measurement.notes.append(f"two-sample test: weaker, without the target's log-probabilities ({error})")
+        return None
 
 
 def _grade(measurement: Measurement, suites: list[Suite]) -> None:
@@ -191,6 +210,17 @@ def _dtype(config: RunConfig, arm: Arm) -> str:
     """What the server computes in, as it said itself, else as this device would choose."""
     said = arm.dtype or config.target.dtype
     return detect_device().dtype if said == "auto" else said
+
+
+def _plain_step_bound_sec(config: RunConfig, arms: dict[str, Arm]) -> float | None:
+    """The least that a plain step can take on this CPU: reading every weight once. None where that isn't known."""
+    dtypes = {arm.dtype for arm in arms.values()}
+    if detect_device().kind != "cpu" or len(dtypes) > 1 or None in dtypes:
+        return None
+    target = resolve_target(config.target)
+    stored = str(target.config.get("dtype") or target.config.get("torch_dtype") or "bfloat16")
+    weight_bytes = weight_bytes_of(target.path, stored, str(dtypes.pop()))
+    return memory_bound(weight_bytes, 0, 0, measure_bandwidth())  # short contexts: their cache is small beside it
 
 
 def _trained(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from specdec.evaluation.accuracy import accuracy_rows
+from specdec.evaluation.accuracy import accuracy_differences, accuracy_rows
 from specdec.evaluation.arms import Arm
 from specdec.evaluation.cost import break_even, cost_points
 from specdec.evaluation.figures import Prices, arm_figures, comparison
@@ -27,13 +28,14 @@ def build_result(
     trained: AcceptanceCounts | None,
     prices: Prices,
     provenance: dict[str, Any],
+    plain_step_bound_sec: float | None = None,
 ) -> dict[str, Any]:
     """The whole tree. ``summary`` and ``latency`` speak of the first cell: the baseline and the first other arm."""
     cells = [_cell_figures(measurement, cell, suites, prices) for cell in measurement.cells]
     arm_rows = [_arm_row(arm, measurement.baseline) for arm in arms.values()]
     records = [record for run in measurement.runs for record in run.records]
     doubts = timing_notes(cells, measurement.baseline)
-    points = cost_points(cells, arm_rows)
+    points = cost_points(cells, arm_rows, plain_step_bound_sec)
     return {
         "summary": _summary(measurement, cells[0], losslessness, trained),
         "arms": arm_rows,
@@ -41,6 +43,7 @@ def build_result(
         "cells": cells,
         "latency": {arm: {name: figures[name] for name in LATENCIES} for arm, figures in cells[0]["arms"].items()},
         "accuracy": accuracy_rows(measurement),
+        "accuracy_differences": accuracy_differences(measurement),
         "losslessness": losslessness,
         "cost_model": points,
         "break_even": break_even(points),
@@ -108,7 +111,8 @@ def _arm_row(arm: Arm, baseline: str) -> dict[str, Any]:
 def _suite_row(suite: Suite) -> dict[str, Any]:
     return {
         "num_items": len(suite.items),
-        "source": suite.source,
+        # A result travels: where the file lay on this machine is of no use elsewhere, and its hash is beside it.
+        "source": Path(suite.source).name if Path(suite.source).is_absolute() else suite.source,
         "sha256": suite.sha256,
         "has_answers": any(item.answer is not None for item in suite.items),
     }

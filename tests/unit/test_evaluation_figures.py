@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from specdec.evaluation.cost import weight_bytes_of
 from specdec.evaluation.figures import Prices, arm_figures, comparison
 from specdec.evaluation.records import BlockRun, Record, RequestResult
 from specdec.evaluation.summary import count_errors, timing_notes
@@ -140,3 +141,11 @@ def test_counters_win_and_are_only_summed_when_every_block_has_them():
     half = arm_figures([block(one, acceptance=counts), block(one)], Prices())["acceptance"]
     assert half["num_drafts"] == 2 and half["acceptance_length"] == 3.0
     assert arm_figures([block(answer(0.01))], Prices())["acceptance"] is None
+
+
+def test_weights_held_in_another_dtype_take_other_memory(tmp_path):
+    (tmp_path / "model-1.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "model-2.safetensors").write_bytes(b"x" * 6)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 99)
+    assert weight_bytes_of(tmp_path, "bfloat16", "float32") == 32
+    assert weight_bytes_of(tmp_path, "bfloat16", "bfloat16") == 16

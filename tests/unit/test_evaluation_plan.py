@@ -25,13 +25,15 @@ def suite(name: str = "s", count: int = 6, turns: int = 1) -> Suite:
 
 
 def test_every_combination_is_a_cell_with_a_name_of_its_own():
-    config = EvalConfig(concurrency=[1, 4], thinking_budgets=[64, 256], num_samples=3, repeats=2)
+    config = EvalConfig(concurrency=[1, 4], thinking_budgets=[64, 256], num_samples=[3], repeats=2)
     cells = cells_of(config)
     assert len({cell.name for cell in cells}) == 8
     assert cells[0].name == "greedy c1 b64" and cells[0].is_greedy
     greedy, sampled = cells[0], cells[-1]
     assert (greedy.num_samples, greedy.repeats) == (1, 2) and (sampled.num_samples, sampled.repeats) == (3, 1)
     assert [cell.name for cell in cells_of(EvalConfig())] == ["greedy", "sampled"]
+    swept = cells_of(EvalConfig(num_samples=[1, 8]))
+    assert [cell.name for cell in swept] == ["greedy", "sampled n1", "sampled n8"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_every_arm_gets_every_block_and_first_places_balance():
 
 
 def test_samples_and_turns_are_counted():
-    (cell,) = cells_of(EvalConfig(greedy=False, num_samples=4, concurrency=[2]))
+    (cell,) = cells_of(EvalConfig(greedy=False, num_samples=[4], concurrency=[2]))
     steps = list(steps_of([cell], [suite(count=5, turns=2)], ["x", "y"], seed=1))
     assert num_requests(steps) == 2 * 5 * 4 * 2
     assert sorted((t.item.id, t.sample) for s in steps for t in s.tasks) == [

@@ -12,6 +12,7 @@ MAX_CHARS = 400  # of a vote
 NUMBER = re.compile(r"(?<![\w)])-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+|\d+(?:\.\d+)?")
 PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 RATIO = re.compile(r"([-+]?)(?:\\frac\{([-+]?[\d.]+)\}\{([-+]?[\d.]+)\}|([\d.]+)/([\d.]+))")
+WORDS = re.compile(r"[A-Za-z]{3,}(?:[\s-]+[A-Za-z]+)*")  # no product of variables
 MAX_NUMBER_CHARS = 60
 UNITS = re.compile(r"([-+]?[\d.,]*\d)(?:\s+[A-Za-z]{3,})+")  # a number and words: 18 dollars
 
@@ -113,6 +114,8 @@ def canonical(answer: str) -> str:
     number = number_of(answer)
     if number is not None:
         return str(number)
+    if WORDS.fullmatch(strip_text(answer)):
+        return tidied(answer).casefold()
     _, spelled = compare(None, answer)
     return tidied(answer) if spelled is None else spelled[:MAX_CHARS]
 
@@ -122,6 +125,8 @@ def is_equivalent(gold: str, answer: str) -> bool:
     mine, theirs = number_of(gold), number_of(answer)
     if mine is not None and theirs is not None:
         return mine == theirs
+    if WORDS.fullmatch(strip_text(gold)) and WORDS.fullmatch(strip_text(answer)):
+        return tidied(gold).casefold() == tidied(answer).casefold()
     return tidied(gold) == tidied(answer) or compare(gold, answer)[0]
 
 

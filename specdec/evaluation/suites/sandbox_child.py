@@ -82,7 +82,7 @@ def set_limits(cpu_sec: int, memory_bytes: int) -> None:
 
 
 def guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses the network, new processes, and changes to files outside ``folder``."""
+    """An audit hook that refuses the network, new processes, a look at others, and changes outside ``folder``."""
 
     def refuse_outside(path: Any) -> None:
         if isinstance(path, int) or path is None:
@@ -94,8 +94,11 @@ def guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event in STARTS_PROCESS or (event.startswith("socket.") and event not in HARMLESS_SOCKET):
             raise PermissionError(f"{event} is not allowed here")
-        if event == "open" and isinstance(args[2], int) and args[2] & WRITING:
-            refuse_outside(args[0])
+        if event == "open":
+            if isinstance(args[2], int) and args[2] & WRITING:
+                refuse_outside(args[0])
+            if isinstance(args[0], str | bytes) and os.fsdecode(args[0]).startswith("/proc"):
+                raise PermissionError("/proc is not open here")  # environments of other processes lie there
         elif event in CHANGES_FILES:
             refuse_outside(args[0])
             if event in ("os.rename", "os.link"):

@@ -1,0 +1,212 @@
+"""Heads made wrong on purpose, one fault each: the doctor must name it, and must leave a clean head alone."""
+
+from __future__ import annotations
+
+import array
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec import cli
+from specdec.doctor import diagnose, kind_of
+from specdec.doctor.files import ITEM_BYTES, HeadFiles
+from specdec.targets import Target
+
+H, V, DRAFT = 8, 2000, 300
+TARGET = {"hidden_size": H, "vocab_size": V, "num_hidden_layers": 12, "rope_theta": 10000.0}
+LAYER = {
+    "self_attn.q_proj.weight": (H, 2 * H), "self_attn.k_proj.weight": (H, 2 * H), "self_attn.v_proj.weight": (H, 2 * H),
+    "self_attn.o_proj.weight": (H, H), "mlp.gate_proj.weight": (H, H), "mlp.up_proj.weight": (H, H),
+    "mlp.down_proj.weight": (H, H), "post_attention_layernorm.weight": (H,),
+}  # fmt: skip
+KEPT = [*range(200), *range(500, 600)]  # the drafted target ids
+
+
+def write(
+    directory: Path, config: dict, shapes: dict[str, tuple], integers: dict[str, list[int]] | None = None
+) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    values = {name: array.array("q", numbers).tobytes() for name, numbers in (integers or {}).items()}
+    header, body = {}, b""
+    for name, shape in shapes.items():
+        dtype = "I64" if name in values else "BOOL" if name == "t2d" else "BF16"
+        data = values.get(name) or bytes(math.prod(shape) * ITEM_BYTES[dtype])
+        if name == "t2d":
+            data = bytes(i in KEPT for i in range(shape[0]))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return directory
+
+
+def eagle3() -> tuple[dict, dict, dict]:
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": H, "target_hidden_size": H, "vocab_size": V,
+        "draft_vocab_size": DRAFT, "eagle_aux_hidden_state_layer_ids": [2, 6, 9], "norm_before_residual": False,
+        "norm_before_fc": False, "fc_norm": False, "norm_output": False, "rope_theta": 10000.0,
+    }  # fmt: skip
+    shapes = {
+        "fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (DRAFT, H), "d2t": (DRAFT,),
+        **{f"layers.0.{name}": shape for name, shape in LAYER.items()},
+        "layers.0.input_layernorm.weight": (H,), "layers.0.hidden_norm.weight": (H,),
+    }  # fmt: skip
+    return config, shapes, {"d2t": [token - i for i, token in enumerate(KEPT)]}
+
+
+def eagle1() -> tuple[dict, dict, dict]:
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": H, "vocab_size": V, "rope_theta": 10000.0}
+    return config, {"fc.weight": (H, 2 * H), **{f"layers.0.{name}": shape for name, shape in LAYER.items()}}, {}
+
+
+def medusa() -> tuple[dict, dict, dict]:
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": H,
+        "vocab_size": V,
+        "num_heads": 2,
+    }
+    shapes = {f"blocks.{i}.layers.0.weight": (H, H) for i in range(2)}
+    return config, shapes | {f"lm_heads.{i}.weight": (V, H) for i in range(2)}, {}
+
+
+def codes(directory: Path, target: dict | None = None) -> set[str]:
+    return {finding.code for finding in diagnose(directory, Target(name="t", path=directory, config=target or TARGET))}
+
+
+@pytest.mark.parametrize(("make", "kind"), [(eagle3, "eagle3"), (eagle1, "eagle"), (medusa, "medusa")])
+def test_a_clean_head_is_clean_and_its_kind_is_known(tmp_path, make, kind):
+    head = write(tmp_path / "head", *make())
+    assert kind_of(HeadFiles.read(head)) == kind
+    assert codes(head) == set()
+
+
+def drop(key):
+    return lambda config, shapes, integers: (config.pop(key, None), shapes.pop(key, None))
+
+
+def put(key, value):
+    return lambda config, shapes, integers: config.__setitem__(key, value)
+
+
+def add(name, shape):
+    return lambda config, shapes, integers: shapes.__setitem__(name, shape)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (drop("eagle_aux_hidden_state_layer_ids"), "aux-layers-default"),
+        (put("eagle_aux_hidden_state_layer_ids", [9, 6, 2]), "aux-layers-order"),
+        (put("eagle_aux_hidden_state_layer_ids", [2, 6, 13]), "aux-layers-range"),
+        (put("eagle_aux_hidden_state_layer_ids", [2, 6]), "fc-shape"),
+        (put("eagle_aux_hidden_state_layer_ids", [2, 6]), "num-aux"),
+        (drop("norm_before_residual"), "norm-before-residual"),
+        (add("input_norm.weight", (3 * H,)), "norm-dropped"),
+        (put("fc_norm", True), "norm-missing"),
+        (drop("norm.weight"), "norm-missing"),
+        (drop("d2t"), "d2t-missing"),
+        (lambda c, s, i: i.__setitem__("d2t", list(KEPT)), "d2t-absolute"),
+        (lambda c, s, i: i.__setitem__("d2t", [-k for k in range(DRAFT)]), "d2t-values"),
+        (add("fc.bias", (H,)), "bias-dropped"),
+        (add("layers.0.self_attn.q_proj.bias", (H,)), "bias-dropped"),
+        (drop("lm_head.weight"), "lm-head-missing"),
+        (put("draft_vocab_size", 299), "draft-vocab-size"),
+        (put("vocab_size", V - 64), "vocab-size"),
+        (put("target_hidden_size", 2 * H), "hidden-size"),
+        (put("rope_theta", 500000.0), "rope"),
+        (drop("layers.0.mlp.up_proj.weight"), "tensor-missing"),
+    ],
+)
+def test_each_silent_mismatch_of_an_eagle3_head_is_found(tmp_path, fault, code):
+    config, shapes, integers = eagle3()
+    fault(config, shapes, integers)
+    assert code in codes(write(tmp_path / "head", config, shapes, integers))
+
+
+def test_t2d_settles_what_d2t_means(tmp_path):
+    config, shapes, integers = eagle3()
+    assert codes(write(tmp_path / "right", config, {**shapes, "t2d": (V,)}, integers)) == set()
+    assert codes(write(tmp_path / "wrong", config, {**shapes, "t2d": (V,)}, {"d2t": list(KEPT)})) == {"d2t-absolute"}
+
+
+def test_llama3_rope_of_the_target_must_be_in_the_head(tmp_path):
+    scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+    head = write(tmp_path / "head", *eagle3())
+    assert codes(head, {**TARGET, "rope_parameters": scaled}) == {"rope"}
+    config, shapes, integers = eagle3()
+    config |= {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8}}
+    assert codes(write(tmp_path / "other", config, shapes, integers), {**TARGET, "rope_parameters": scaled}) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (add("lm_head.weight", (V, H)), "unexpected-tensor"),
+        (add("fc.bias", (H,)), "bias-dropped"),
+        (add("fc.weight", (H, H)), "fc-shape"),
+        (drop("layers.0.self_attn.o_proj.weight"), "tensor-missing"),
+    ],
+)
+def test_each_silent_mismatch_of_an_eagle1_head_is_found(tmp_path, fault, code):
+    config, shapes, integers = eagle1()
+    fault(config, shapes, integers)
+    assert code in codes(write(tmp_path / "head", config, shapes, integers))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (put("num_attention_heads", 4), "medusa-key"),
+        (add("blocks.0.layers.0.bias", (H,)), "bias-dropped"),
+        (put("num_heads", 4), "medusa-heads"),
+        (lambda c, s, i: [s.pop(f"lm_heads.{k}.weight") for k in range(2)], "lm-head-missing"),
+        (put("truncated_vocab_size", 100), "medusa-truncated"),
+        (put("vocab_size", V + 1), "vocab-size"),
+        (put("hidden_size", H + 1), "hidden-size"),
+    ],
+)
+def test_each_silent_mismatch_of_a_medusa_head_is_found(tmp_path, fault, code):
+    config, shapes, integers = medusa()
+    fault(config, shapes, integers)
+    assert code in codes(write(tmp_path / "head", config, shapes, integers))
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path):
+    head = write(tmp_path / "head", *eagle3())
+    weights = head / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        codes(head)
+    weights.write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        codes(head)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        codes(head)
+    other = write(tmp_path / "other", {"architectures": ["LlamaForCausalLM"]}, {"x.weight": (2, 2)})
+    with pytest.raises(ValueError, match="no EAGLE or Medusa head"):
+        codes(other)
+
+
+def test_the_command_s_exit_codes(tmp_path, monkeypatch):
+    clean = write(tmp_path / "clean", *eagle3())
+    config, shapes, integers = eagle3()
+    del config["norm_before_residual"]
+    wrong = write(tmp_path / "wrong", config, shapes, integers)
+    monkeypatch.setattr("specdec.targets.resolve_target", lambda _: Target(name="t", path=clean, config=TARGET))
+    runner = CliRunner()
+    done = runner.invoke(cli.app, ["doctor", str(clean)])
+    assert done.exit_code == 0 and "nothing found" in done.output
+    done = runner.invoke(cli.app, ["doctor", str(wrong), "--json"])
+    report = json.loads(done.stdout)
+    assert done.exit_code == 1 and [finding["code"] for finding in report["findings"]] == ["norm-before-residual"]
+    with pytest.raises(ValueError, match="does not exist"):
+        runner.invoke(cli.app, ["doctor", str(tmp_path / "nowhere")], catch_exceptions=False)
+    with pytest.raises(ValueError, match="--prompts ROWS"):
+        runner.invoke(cli.app, ["doctor", str(clean), "--parity"], catch_exceptions=False)
