@@ -99,7 +99,8 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
     for key, value in options.items():
         if key.startswith(("serve.", "target.")):
             arguments += ["--set", f"{key}={value}"]
-    flags = ["--per-request-spec-decode-metrics", "detailed"]
+    speculates = bool({"head", "method"} & set(options))  # vLLM refuses the flag on a plain server
+    flags = ["--per-request-spec-decode-metrics", "detailed"] if speculates else []
     if "quantization" in options:
         flags += ["--quantization", options["quantization"]]
     for key, value in options.items():
@@ -112,7 +113,7 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
         flags += ["--speculative-config", json.dumps(speculative)]
     elif "k" in options:
         arguments += ["--set", f"serve.num_speculative_tokens={options['k']}"]
-    return [*arguments, "--", *flags]
+    return [*arguments, *(["--", *flags] if flags else [])]
 
 
 def _speculative_config(options: dict[str, str], manifest: HeadManifest | None) -> dict[str, Any] | None:

@@ -65,7 +65,7 @@ def speculative(arguments: list[str]) -> dict:
 
 def test_each_arm_asks_for_its_own_server(head):
     plain = serve_arguments(ArmSpec(name="p"))
-    assert plain[0] == "--no-speculation" and "--speculative-config" not in plain
+    assert plain == ["--no-speculation"]  # vLLM refuses flags of speculation on a plain server
     narrow = serve_arguments(ArmSpec(name="n", options={"head": str(head), "k": "2"}))
     assert narrow[:2] == ["--head", str(head)] and "serve.num_speculative_tokens=2" in narrow
     ngram = serve_arguments(ArmSpec(name="g", options={"method": "ngram", "k": "4"}))
