@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from serving.flags import ServerFlags
+from serving.policy import parse_policy
+from serving.scheduler import POLICY_VARIABLE
 from specdec.config import ServeConfig, TargetConfig
 from specdec.device import Device, vllm_environment
 from specdec.manifest import HeadManifest
@@ -18,6 +20,8 @@ from specdec.targets import Target
 
 # The server's entry point as `vllm serve` runs it, without importing the other subcommands first.
 ENTRY_MODULE = "vllm.entrypoints.openai.api_server"
+
+SCHEDULER = "serving.scheduler.make_scheduler"
 
 # On CPU a prompt is prefilled in one step (see _cpu_flags), and vLLM sizes its buffers, and its compile warm-up,
 # for the largest step: a longer default would cost every start for prompts that few CPU users send.
@@ -91,11 +95,13 @@ def plan_server(
     _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), num_draft_tokens)
     if serve.enforce_eager:
         flags.add("--enforce-eager")
+    env = _environment(serve, device, user, environ)
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
+        env |= _add_policy(flags, serve, manifest)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
-        env=_environment(serve, device, user, environ),
+        env=env,
         url=f"http://{_client_host(host)}:{port}",
         host=host,
         port=port,
@@ -199,6 +205,16 @@ def _add_limits(
     max_num_seqs = flags.user.get_int("--max-num-seqs") or serve.max_num_seqs
     if isinstance(max_model_len, int):
         flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
+
+
+def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None) -> dict[str, str]:
+    """The scheduler that asks the policy for K, and what the policy starts from."""
+    if serve.policy is None:
+        return {}
+    parse_policy(serve.policy)
+    flags.add("--scheduler-cls", SCHEDULER)
+    rates = (manifest.acceptance.get("conditional_rates") if manifest else None) or []
+    return {POLICY_VARIABLE: json.dumps({"policy": serve.policy, "conditional_rates": rates})}
 
 
 def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ: Mapping[str, str]) -> dict[str, str]:

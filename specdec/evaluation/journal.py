@@ -31,7 +31,7 @@ class Journal:
             self._write({"plan_sha256": plan_sha256})
 
     def _load(self, plan_sha256: str) -> None:
-        intact_bytes = 0
+        intact_bytes, same_plan = 0, False
         with self.path.open("rb") as file:
             for number, line in enumerate(file):
                 try:
@@ -40,15 +40,17 @@ class Journal:
                     tree = None
                 if tree is None:  # torn by a kill: what is behind it is not trusted either
                     break
-                if number == 0 and tree.get("plan_sha256") != plan_sha256:
+                if number == 0:
+                    same_plan = tree.get("plan_sha256") == plan_sha256
+                elif not same_plan:
                     raise ValueError(
                         f"{self.path.parent} holds an interrupted run with other settings: repeat its command to "
                         f"finish it, choose another --out, or delete {self.path}"
                     )
-                if number:
+                else:
                     self.runs.append(BlockRun.from_dict(tree))
                 intact_bytes += len(line)
-        os.truncate(self.path, intact_bytes)
+        os.truncate(self.path, intact_bytes if same_plan else 0)  # a run that measured nothing yet holds up nobody
 
     @property
     def done(self) -> set[tuple[str, int, int, str]]:

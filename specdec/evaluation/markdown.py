@@ -23,7 +23,7 @@ def render_markdown(result: Tree) -> str:
         ("By suite", _table(tables.suites_table(result), names=2)),
         ("Latency", _table(tables.latency_table(result), names=2)),
         ("Accuracy", _table(tables.accuracy_table(result), names=3)),
-        ("Losslessness", _bullets([text for _, text in sentences.greedy(result)])),
+        ("Losslessness", _losslessness(result)),
         ("Sampled outputs", _table(distribution, names=2)),
         ("Cost model", _cost_model(result)),
         ("Cost in money", _table(tables.money_table(result), names=2)),
@@ -33,6 +33,11 @@ def render_markdown(result: Tree) -> str:
     lines += [f"## {heading}\n\n{body}" for heading, body in blocks if body]
     lines.append(text(_origin(result)))
     return "\n\n".join(block for block in lines if block) + "\n"
+
+
+def _losslessness(result: Tree) -> str:
+    greedy = sentences.greedy(result)
+    return _join(text(greedy[1]), _table(tables.greedy_table(result), names=2)) if greedy else ""
 
 
 def _cost_model(result: Tree) -> str:

@@ -96,22 +96,19 @@ def _synthetic(result: Tree) -> bool:
 
 
 def _losslessness(result: Tree) -> str:
-    greedy = sentences.greedy(result)
-    distribution = tables.distribution_table(result)
-    if not greedy and distribution is None:
+    greedy, distribution = sentences.greedy(result), tables.distribution_table(result)
+    if greedy is None and distribution is None:
         return page.paragraphs(["Not checked: no output could be compared with the baseline's."], "warn")
     blocks = []
-    if greedy:
-        fine = all(good for good, _ in greedy)
-        blocks.append(page.paragraphs((sentence for _, sentence in greedy), "calm" if fine else "warn"))
-    forks = page.table(tables.forks_table(result))
-    worst = page.table(tables.worst_tokens_table(result))
-    blocks.append(f"<h3>Greedy forks</h3>{forks}" if forks else "")
-    blocks.append(
-        f"<h3>Sampled outputs, a two-sample test</h3>{page.table(distribution, names=2)}" if distribution else ""
-    )
-    blocks.append(f"<h3>Where sampled outputs differ most</h3>{worst}" if worst else "")
-    return "".join(blocks)
+    if greedy is not None:
+        blocks.append(page.paragraphs([greedy[1]], "calm" if greedy[0] else "warn"))
+        blocks.append(page.table(tables.greedy_table(result), names=2))
+    parts = {
+        "Greedy forks": page.table(tables.forks_table(result)),
+        "Sampled outputs, a two-sample test": page.table(distribution, names=2),
+        "Where sampled outputs differ most": page.table(tables.worst_tokens_table(result)),
+    }
+    return "".join([*blocks, *(f"<h3>{page.text(title)}</h3>{table}" for title, table in parts.items() if table)])
 
 
 def _cost_model(result: Tree) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec.evaluation import tree, words
-from specdec.evaluation.tree import Tree, dig
+from specdec.evaluation.tree import Tree
 
 MAX_CLIENT_CPU_SHARE = 0.5  # of one core: above it the client may be what is timed
 
@@ -39,33 +39,21 @@ def break_even(result: Tree) -> list[str]:
     return sentences
 
 
-def greedy(result: Tree) -> list[tuple[bool, str]]:
-    """``(fine, sentence)`` of each arm and cell whose greedy outputs were compared with the baseline's."""
-    sentences = []
-    for entry in dig(result, "losslessness", "greedy") or []:
-        name = f"{words.arm_label(result, str(entry.get('arm')))}, {entry.get('cell')}"
-        if tree.is_synthetic(result, entry.get("arm")):
-            sentences.append((True, f"{name}: not judged, dictated acceptance takes wrong tokens on purpose."))
-        elif entry.get("greedy_identity_rate") is None:
-            sentences.append((False, f"{name}: not checked, no task has token ids from both arms."))
-        else:
-            sentences.append((all(map(words.is_tie, entry.get("forks") or [])), f"{name}: {_identity(entry)}."))
-    return sentences
-
-
-def _identity(entry: Tree) -> str:
-    text = (
-        f"{words.percent(entry['greedy_identity_rate'])} of {words.count(entry.get('num_compared'))} greedy outputs "
-        "are the baseline's, token for token"
-    )
-    if entry.get("noise_floor_identity_rate") is not None:
-        text += (
-            f"; the baseline repeats itself in {words.percent(entry['noise_floor_identity_rate'])} of "
-            f"{words.count(entry.get('num_noise_floor_compared'))} (the noise floor)"
-        )
-    forks = entry.get("forks") or []
+def greedy(result: Tree) -> tuple[bool, str] | None:
+    """``(fine, sentence)`` on the greedy outputs of every arm against the baseline's; None when none was looked at."""
+    entries = tree.greedy_rows(result)
+    if not entries:
+        return None
+    checked = [entry for entry in entries if entry.get("greedy_identity_rate") is not None]
+    compared = sum(entry.get("num_compared") or 0 for entry in checked)
+    same = round(sum(entry["greedy_identity_rate"] * (entry.get("num_compared") or 0) for entry in checked))
+    text = f"{words.count(same)} of {words.count(compared)} greedy outputs are the baseline's, token for token."
+    forks = [fork for entry in checked for fork in entry.get("forks") or []]
+    num_ties = sum(map(words.is_tie, forks))
     if forks:
-        num_ties = sum(map(words.is_tie, forks))
-        margin = words.significant(entry.get("tie_margin_nats"))
-        text += f"; {words.count(num_ties)} of {words.count(len(forks))} forks are numeric ties (below {margin} nats)"
-    return text
+        margin = words.significant(checked[0].get("tie_margin_nats"), 2)
+        text += f" {words.count(num_ties)} of {words.count(len(forks))} forks are numeric ties (below {margin} nats)."
+    if len(checked) < len(entries):
+        missing = words.count(len(entries) - len(checked))
+        text += f" {missing} of {words.count(len(entries))} comparisons had no token ids from both arms."
+    return num_ties == len(forks) and len(checked) == len(entries), text

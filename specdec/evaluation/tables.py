@@ -35,7 +35,9 @@ def _table(
     kept = [column for column in range(len(header)) if any(row[column] != words.NOTHING for row in rows)]
     if not kept:
         return None
-    text = " ".join(part for part in (note, words.synthetic_note(result, tree.arm_names(result))) if part)
+    shown = " ".join(cell for row in (header, *rows) for cell in row)
+    arms = [arm for arm in tree.arm_names(result) if words.arm_label(result, arm) in shown]
+    text = " ".join(part for part in (note, words.synthetic_note(result, arms)) if part)
     rows = [[row[column] for column in kept] for row in rows]
     return Table(header=[header[column] for column in kept], rows=rows, note=text, numeric=numeric)
 
@@ -128,14 +130,22 @@ def accuracy_table(result: Tree) -> Table | None:
     return _table(result, header, rows)
 
 
+def greedy_table(result: Tree) -> Table | None:
+    """How many greedy outputs are the baseline's, and how many of the baseline's own come out again."""
+    rows = []
+    for entry in tree.greedy_rows(result):
+        forks = entry.get("forks") or []
+        rates = [words.percent(entry.get(key)) for key in ("greedy_identity_rate", "noise_floor_identity_rate")]
+        counts = [words.count(entry.get(key)) for key in ("num_compared", "num_noise_floor_compared")]
+        row = [str(entry.get("cell")), words.arm_label(result, str(entry.get("arm"))), rates[0], counts[0]]
+        rows.append([*row, rates[1], counts[1], words.count(len(forks)), words.count(sum(map(words.is_tie, forks)))])
+    header = ["condition", "arm", "identical", "compared", "noise floor", "compared", "forks", "numeric ties"]
+    return _table(result, header, rows, "Noise floor: the baseline against itself.")
+
+
 def forks_table(result: Tree) -> Table | None:
     """Where greedy outputs part; forks that rounding does not explain come first."""
-    forks = [
-        (entry, fork)
-        for entry in dig(result, "losslessness", "greedy") or []
-        for fork in entry.get("forks") or []
-        if not tree.is_synthetic(result, entry.get("arm"))  # dictated acceptance takes wrong tokens on purpose
-    ]
+    forks = [(entry, fork) for entry in tree.greedy_rows(result) for fork in entry.get("forks") or []]
     forks.sort(key=lambda pair: words.is_tie(pair[1]))
     rows = [
         [

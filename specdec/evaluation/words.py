@@ -74,10 +74,9 @@ def _slower_cells(result: Tree, arm: str | None) -> str:
 def alarms(result: Tree) -> list[tuple[str, str]]:
     """``(arm, sentence)`` for each sign that an arm changes what the target says."""
     found = []
-    for entry in dig(result, "losslessness", "greedy") or []:
+    for entry in tree.greedy_rows(result):
         bad = [fork for fork in entry.get("forks") or [] if not is_tie(fork)]
-        # Dictated acceptance takes wrong tokens on purpose.
-        if bad and not tree.is_synthetic(result, entry.get("arm")):
+        if bad:
             text = (
                 f"{count(len(bad))} greedy fork{'s' * (len(bad) > 1)} in {entry.get('cell')} not explained by rounding"
             )

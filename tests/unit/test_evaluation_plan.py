@@ -134,7 +134,9 @@ def test_a_killed_run_resumes_from_whole_lines(tmp_path):
 
 
 def test_another_plan_is_refused_and_a_finished_one_leaves_nothing(tmp_path):
+    Journal(tmp_path, "abandoned before anything was measured").close(finished=False)
     journal = Journal(tmp_path, "plan")
+    journal.add(block(0))
     journal.close(finished=False)
     with pytest.raises(ValueError, match="interrupted run with other settings"):
         Journal(tmp_path, "other")

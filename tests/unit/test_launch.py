@@ -162,3 +162,12 @@ def test_a_port_in_use_is_refused_before_anything_starts():
 def test_serve_asks_for_a_head_before_it_fetches_a_target():
     with pytest.raises(ValueError, match=r"--head DIR, or --no-speculation"):
         serve(RunConfig(target=TargetConfig(name="nobody/has-this")), None, [])
+
+
+def test_a_policy_brings_its_scheduler_and_what_training_measured():
+    assert "--scheduler-cls" not in plan().argv
+    chosen = plan(policy="auto")
+    assert chosen.argv[chosen.argv.index("--scheduler-cls") + 1] == "serving.scheduler.make_scheduler"
+    assert json.loads(chosen.env["SPECDEC_POLICY"])["policy"] == "auto"
+    with pytest.raises(ValueError, match="auto, off or fixed:K"):
+        plan(policy="sometimes")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from specdec.evaluation import tables, tree, words
+from specdec.evaluation import sentences, tables, tree, words
 from specdec.evaluation.losslessness import BUG, TIE
 from specdec.evaluation.markdown import render_markdown
 from tests.result_extras import distribution, fork, rich_result
@@ -128,3 +128,23 @@ def test_forks_are_capped_and_the_unexplained_come_first():
     result["losslessness"]["greedy"][0]["forks"] = [fork(item_id=str(i)) for i in range(50)] + [fork(BUG)]
     table = tables.forks_table(result)
     assert len(table.rows) == tables.MAX_FORKS and table.rows[0][-1].startswith(BUG) and "11 more forks" in table.note
+
+
+def test_losslessness_counts_outputs_and_leaves_synthetic_arms_out():
+    result = make_result([PLAIN, arm("spec"), arm("fake", synthetic=True)])
+    assert sentences.greedy(result) == (True, "12 of 12 greedy outputs are the baseline's, token for token.")
+    result["losslessness"]["greedy"][0] |= {"greedy_identity_rate": 10 / 12, "forks": [fork(TIE), fork(BUG)]}
+    result["losslessness"]["greedy"][1] |= {"greedy_identity_rate": 0.0, "forks": [fork(BUG)] * 12}
+    fine, text = sentences.greedy(result)
+    assert not fine and text.startswith("10 of 12") and "1 of 2 forks are numeric ties (below 0.050 nats)" in text
+    (row,) = tables.greedy_table(result).rows
+    assert row == ["greedy", "spec", "83.3%", "12", "100%", "12", "2", "1"]
+    result["losslessness"]["greedy"][0] |= {"greedy_identity_rate": None, "forks": []}
+    assert sentences.greedy(result)[0] is False and "had no token ids" in sentences.greedy(result)[1]
+    assert sentences.greedy({}) is None
+
+
+def test_only_tables_that_show_a_synthetic_arm_carry_its_note():
+    result = make_result([PLAIN, arm("spec"), arm("fake", synthetic=True)])
+    assert "fake has synthetic acceptance" in tables.latency_table(result).note
+    assert "synthetic" not in tables.greedy_table(result).note

@@ -126,6 +126,14 @@ def test_maths_prompts_ask_for_a_box_once_and_without_a_system_prompt(tmp_path: 
     assert [item.id for item in suite.items] == ["math500-0", "math500-1"]
 
 
+def test_maths_without_gold_answers_loads_and_is_not_judged(tmp_path: Path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}]
+    assert load_suite(f"aime24={write_jsonl(tmp_path / 'none.jsonl', rows[:1])}", None, 0).check is None
+    suite = load_suite(f"aime24={write_jsonl(tmp_path / 'some.jsonl', rows)}", None, 0)
+    assert suite.check is not None
+    assert [suite.check(item, boxed("1")).correct for item in suite.items] == [None, True]
+
+
 def test_code_prompts_ask_for_a_block(tmp_path: Path):
     row = {
         "task_id": "H/1",
@@ -177,7 +185,7 @@ def test_the_data_folder_is_an_argument_or_a_variable(tmp_path: Path, monkeypatc
         ('{"prompt": "a", "answer": "1"}\n{"prompt": \n', r"x\.jsonl line 2: not JSON"),
         ('\n["a"]\n', r"x\.jsonl line 2: want a JSON object, got list"),
         ('{"answer": "1"}\n', r"x\.jsonl line 1: no prompt"),
-        ('{"prompt": "a"}\n', r"x\.jsonl line 1: no answer"),
+        ('{"prompt": "a", "answer": " "}\n', r"x\.jsonl line 1: the field 'answer' must be text or a number"),
         ("\n\n", r"x\.jsonl is empty"),
         ('{"id": 1, "prompt": "a", "answer": 1}\n{"id": 1, "prompt": "b", "answer": 1}\n', r"id '1' occurs twice"),
     ],

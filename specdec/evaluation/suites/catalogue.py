@@ -28,7 +28,7 @@ class HubSource:
 
     dataset: str
     config: str | None = None
-    split: str | None = None  # None: the suite's own, or else test, or else the only one
+    split: str | None = None  # None: test, or else the only one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,11 +63,9 @@ def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | Non
         return load_gym(num_items, seed)
     if spec in RECIPES:
         path = _bench_file(spec, data_dir)
-        return (
-            _from_hub(spec, RECIPES[spec].hub, num_items, seed)
-            if path is None
-            else _from_file(spec, path, num_items, seed)
-        )
+        if path is None:
+            return _from_hub(spec, RECIPES[spec].hub, num_items, seed)
+        return _from_file(spec, path, num_items, seed)
     if not spec.endswith(PROMPT_SUFFIXES):
         raise ValueError(
             f"{spec!r} is no suite; give one of {', '.join(suite_names())}, NAME=FILE, NAME=hf:ORG/DATASET, "

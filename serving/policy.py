@@ -1,0 +1,218 @@
+"""How many tokens to draft in the next step: the number that gives most tokens a second, by what was measured.
+
+Acceptance alone is the wrong trigger: in a large batch it stays high while verification costs more than it gains. So
+each candidate K is judged by expected tokens over measured step time,
+
+    goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
+
+with c the conditional acceptance rates of the last drafts and T the mean time of decode steps. K = 0 is plain decode.
+What is not known is tried (once per batch size, a few steps each), what may have changed is tried again: from plain
+decode a short probe now and then, further apart each time that it does not pay. Pure Python; knows no server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+AUTO, OFF, FIXED = "auto", "off", "fixed"
+
+
+def parse_policy(text: str) -> tuple[str, int | None]:
+    """``auto``, ``off`` or ``fixed:K`` to the mode and K.
+
+    Raises:
+        ValueError: anything else.
+    """
+    mode, colon, width = text.partition(":")
+    if mode in (AUTO, OFF) and not colon:
+        return mode, None
+    if mode == FIXED and width.isdigit():
+        return mode, int(width)
+    raise ValueError(f"policy must be auto, off or fixed:K, got {text!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicySettings:
+    """The controller's constants. Steps are engine steps."""
+
+    margin: float = 0.03  # a change must promise this much more goodput
+    dwell_steps: int = 16  # at least between two changes
+    trial_steps: int = 6  # of a K whose time at this batch size is unknown
+    probe_drafts: int = 24  # of a probe, from all sequences of the batch together
+    probe_memory: float = 4.0  # drafts that the past counts for in a probe
+    first_probe_steps: int = 128  # from a change to plain decode to the first probe
+    max_probe_steps: int = 4096  # the interval doubles up to here while probes don't pay
+    recheck_steps: int = 1024  # while speculating: how often plain decode is timed again
+    acceptance_window: float = 128.0  # drafts that count, of each position
+    prior_weight: float = 16.0  # drafts that the head's own figures are worth at the start
+    time_window: float = 64.0  # steps that count, of each batch size and K
+
+
+@dataclass(slots=True)
+class AcceptanceModel:
+    """Decayed counts of how often position i was accepted when it was reached."""
+
+    prior: list[float]
+    window: float
+    prior_weight: float
+    tries: list[float] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tries = [self.prior_weight] * len(self.prior)
+        self.hits = [self.prior_weight * rate for rate in self.prior]
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """One draft of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
+        for i in range(min(num_drafted, num_accepted + 1, len(self.tries))):
+            keep = 1 - 1 / self.window
+            self.tries[i] = keep * self.tries[i] + 1
+            self.hits[i] = keep * self.hits[i] + (i < num_accepted)
+
+    def forget(self, num_drafts: float) -> None:
+        """Let what was seen so far count as ``num_drafts`` drafts at most, so that what comes next decides."""
+        for i, tries in enumerate(self.tries):
+            if tries > num_drafts:
+                self.hits[i] *= num_drafts / tries
+                self.tries[i] = num_drafts
+
+    @property
+    def conditional_rates(self) -> list[float]:
+        """Acceptance of position i among the drafts accepted before it."""
+        return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
+
+    def expected_tokens(self, num_draft_tokens: int) -> float:
+        """Tokens a sequence gains in a step, its bonus token included."""
+        expected = reached = 1.0
+        for rate in self.conditional_rates[:num_draft_tokens]:
+            reached *= rate
+            expected += reached
+        return expected
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Decayed mean seconds of a decode step by batch size (in powers of two) and K."""
+
+    window: float
+    _means: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)  # -> (weight, mean)
+
+    def observe(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
+        key = bucket(batch), num_draft_tokens
+        weight, mean = self._means.get(key, (0.0, 0.0))
+        if weight >= 3 and seconds > 5 * mean:
+            return  # a pause of the machine, not a step
+        weight = min(weight + 1, self.window)
+        self._means[key] = weight, mean + (seconds - mean) / weight
+
+    def num_observed(self, batch: int, num_draft_tokens: int) -> float:
+        return self._means.get((bucket(batch), num_draft_tokens), (0.0, 0.0))[0]
+
+    def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
+        """Seconds; between two measured widths by a straight line, None outside them."""
+        row = sorted((k, mean) for (size, k), (_, mean) in self._means.items() if size == bucket(batch))
+        below = [item for item in row if item[0] <= num_draft_tokens]
+        above = [item for item in row if item[0] >= num_draft_tokens]
+        if not below or not above:
+            return None
+        (k0, t0), (k1, t1) = below[-1], above[0]
+        return t0 if k0 == k1 else t0 + (t1 - t0) * (num_draft_tokens - k0) / (k1 - k0)
+
+
+def bucket(batch: int) -> int:
+    """The power of two at or above ``batch``."""
+    return 1 << max(0, batch - 1).bit_length()
+
+
+class Policy:
+    """Chooses K for each step from what it was told of the steps before. Not safe to share by threads."""
+
+    def __init__(
+        self, max_draft_tokens: int, prior_rates: Sequence[float] = (), settings: PolicySettings | None = None
+    ) -> None:
+        """``prior_rates``: conditional acceptance by position as training measured it; 0.5 where unknown."""
+        self.settings = settings or PolicySettings()
+        self.max_draft_tokens = max_draft_tokens
+        prior = [*prior_rates, *[0.5] * max_draft_tokens][:max_draft_tokens]
+        self.acceptance = AcceptanceModel(prior, self.settings.acceptance_window, self.settings.prior_weight)
+        self.times = StepTimes(self.settings.time_window)
+        self.mode, self.fixed = AUTO, max_draft_tokens
+        self.chosen = max_draft_tokens
+        self.reason = "start: not measured yet"
+        self._steps_since_change = 0
+        self._steps_since_trial = 0
+        self._trial: tuple[int, int] | None = None  # K on trial, steps left
+        self._probe_steps = self.settings.first_probe_steps
+
+    def observe_draft(self, num_drafted: int, num_accepted: int) -> None:
+        """One sequence's verification."""
+        self.acceptance.observe(num_drafted, num_accepted)
+
+    def observe_step(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
+        """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again."""
+        self.times.observe(batch, num_draft_tokens, seconds)
+
+    def choose(self, batch: int) -> int:
+        """K for the next step at this batch size; called once a step."""
+        if self.mode == OFF:
+            return 0
+        if self.mode == FIXED:
+            return self.fixed
+        self._steps_since_change += 1
+        self._steps_since_trial += 1
+        if self._trial is not None:
+            width, left = self._trial
+            self._trial = (width, left - 1) if left > 1 else None
+            if self._trial is not None:
+                return width
+            self._decide(batch, was_trial=True)
+            return self.chosen
+        unknown = self._unknown(batch)
+        if unknown is not None:
+            return self._try(unknown, f"timing K={unknown} at batch {bucket(batch)}")
+        if self._steps_since_change >= self.settings.dwell_steps:
+            self._decide(batch, was_trial=False)
+        if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
+            self.acceptance.forget(self.settings.probe_memory)
+            steps = max(self.settings.trial_steps, self.settings.probe_drafts // batch)
+            return self._try(self.max_draft_tokens, "probing whether speculation pays again", steps)
+        if self.chosen > 0 and self._steps_since_trial >= self.settings.recheck_steps:
+            return self._try(0, "timing plain decode again")
+        return self.chosen
+
+    def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
+        """Expected tokens per second of one sequence; None while the step time is unknown."""
+        seconds = self.times.estimate(batch, num_draft_tokens)
+        return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
+
+    def _unknown(self, batch: int) -> int | None:
+        """The ends of the range must have been timed at this batch size; between them a line will do."""
+        for width in (self.max_draft_tokens, 0):
+            if self.times.num_observed(batch, width) < 2:
+                return width
+        return None
+
+    def _try(self, width: int, reason: str, steps: int | None = None) -> int:
+        self._trial = width, steps or self.settings.trial_steps
+        self._steps_since_trial = 0
+        self.reason = reason
+        return width
+
+    def _decide(self, batch: int, was_trial: bool) -> None:
+        goodputs = {k: self.goodput(batch, k) for k in range(self.max_draft_tokens + 1)}
+        known = {k: value for k, value in goodputs.items() if value is not None}
+        if not known:
+            return
+        best = max(known, key=lambda k: known[k])
+        now = known.get(self.chosen)
+        if best == self.chosen or (now is not None and known[best] <= now * (1 + self.settings.margin)):
+            if was_trial and self.chosen == 0:
+                self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
+            return
+        self.reason = f"K={best} gives {known[best]:.1f} tokens/s a sequence, K={self.chosen} " + (
+            f"{now:.1f}" if now is not None else "is not timed"
+        )
+        self.chosen = best
+        self._steps_since_change = 0
+        self._probe_steps = self.settings.first_probe_steps

@@ -1,0 +1,158 @@
+"""The controller in a simulated engine whose truth is known: how far behind the best fixed K does it stay?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.policy import AcceptanceModel, Policy, PolicySettings, StepTimes, bucket
+
+K = 3
+GOOD, BAD = (0.65, 0.6, 0.55), (0.05, 0.05, 0.05)
+
+
+def step_sec(batch: int, width: int) -> float:
+    """A step of 20 ms that grows with what is verified, and a head of 2 ms a token."""
+    return 0.020 + 0.0012 * batch * (width + 1) + 0.002 * width
+
+
+def expected(rates, width: int) -> float:
+    total = reached = 1.0
+    for rate in rates[:width]:
+        reached *= rate
+        total += reached
+    return total
+
+
+def best_goodput(batch: int, rates, cost: Callable[[int, int], float] = step_sec) -> float:
+    return max(batch * expected(rates, width) / cost(batch, width) for width in range(K + 1))
+
+
+class Engine:
+    """Runs a policy step by step and sums what it gained and what the best fixed K would have gained."""
+
+    def __init__(self, policy: Policy, seed: int = 0, noise: float = 0.05, cost=step_sec) -> None:
+        self.policy, self.random, self.noise, self.cost = policy, random.Random(seed), noise, cost
+        self.tokens = self.seconds = self.oracle_tokens = self.plain_tokens = 0.0
+        self.widths: list[int] = []
+
+    def run(self, steps: int, batch: int, rates) -> Engine:
+        for _ in range(steps):
+            width = self.policy.choose(batch)
+            seconds = self.cost(batch, width) * max(0.5, self.random.gauss(1, self.noise))
+            for _ in range(batch):
+                accepted = 0
+                while accepted < width and self.random.random() < rates[accepted]:
+                    accepted += 1
+                self.tokens += accepted + 1
+                if width:
+                    self.policy.observe_draft(width, accepted)
+            if self.widths and self.widths[-1] == width:
+                self.policy.observe_step(batch, width, seconds)
+            self.widths.append(width)
+            self.seconds += seconds
+            self.oracle_tokens += seconds * best_goodput(batch, rates, self.cost)
+            self.plain_tokens += seconds * batch / self.cost(batch, 0)
+        return self
+
+    @property
+    def against_oracle(self) -> float:
+        return self.tokens / self.oracle_tokens
+
+    @property
+    def against_plain(self) -> float:
+        return self.tokens / self.plain_tokens
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("rates", [GOOD, (0.4, 0.3, 0.2), BAD])
+def test_never_far_behind_the_best_fixed_width(batch, rates):
+    engine = Engine(Policy(K, GOOD)).run(3000, batch, rates)
+    assert engine.against_oracle > 0.97
+    assert engine.against_plain > 0.97
+
+
+def test_a_useless_head_is_given_up_within_five_seconds_and_seldom_asked_again():
+    engine = Engine(Policy(K, GOOD)).run(4000, 4, BAD)
+    first_plain = next(i for i in range(len(engine.widths)) if set(engine.widths[i : i + 20]) == {0})
+    assert sum(step_sec(4, width) for width in engine.widths[:first_plain]) < 5
+    late = engine.widths[2000:]
+    assert sum(width > 0 for width in late) < 0.02 * len(late)
+
+
+def test_a_head_that_turns_bad_and_good_again_comes_back():
+    engine = Engine(Policy(K, GOOD)).run(800, 2, GOOD)
+    assert engine.widths[-1] > 0
+    engine.run(800, 2, BAD)
+    assert engine.widths[-200:].count(0) > 180
+    engine.run(1500, 2, GOOD)
+    assert engine.widths[-100:].count(0) == 0
+    assert engine.against_oracle > 0.93
+
+
+def test_high_acceptance_does_not_keep_a_losing_speculation_alive():
+    def dear(batch: int, width: int) -> float:
+        return 0.02 * (1 + 1.5 * width)
+
+    engine = Engine(Policy(K, GOOD), cost=dear).run(2000, 8, (0.9, 0.9, 0.9))
+    assert engine.widths[-500:].count(0) > 480
+
+
+def test_a_load_that_rises_and_falls_is_followed():
+    engine = Engine(Policy(K, GOOD))
+    for batch in (1, 4, 16, 32, 16, 4, 1):
+        engine.run(600, batch, (0.55, 0.5, 0.45))
+    assert engine.against_oracle > 0.96
+    both = Engine(Policy(K, GOOD))
+    for batch, rates in ((1, GOOD), (32, BAD), (4, GOOD), (32, GOOD), (1, BAD)):
+        both.run(800, batch, rates)
+    assert both.against_oracle > 0.93
+
+
+def test_noise_does_not_make_it_flutter():
+    engine = Engine(Policy(K, GOOD), noise=0.25).run(4000, 4, (0.5, 0.4, 0.3))
+    changes = sum(a != b for a, b in zip(engine.widths, engine.widths[1:], strict=False))
+    assert changes < 0.05 * len(engine.widths) and engine.against_oracle > 0.93
+
+
+def test_off_and_fixed_are_obeyed():
+    policy = Policy(K)
+    policy.mode = "off"
+    assert {policy.choose(1) for _ in range(50)} == {0}
+    policy.mode, policy.fixed = "fixed", 2
+    assert {policy.choose(1) for _ in range(50)} == {2}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
+def test_rates_stay_rates(drafts):
+    model = AcceptanceModel([0.5] * 3, window=50.0, prior_weight=8.0)
+    for drafted, accepted in drafts:
+        model.observe(drafted, min(drafted, accepted))
+    assert all(0 <= rate <= 1 for rate in model.conditional_rates)
+    lengths = [model.expected_tokens(k) for k in range(4)]
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] <= 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3), st.floats(1e-4, 1.0)), max_size=100))
+def test_whatever_is_observed_the_choice_is_a_width(steps):
+    policy = Policy(K, settings=PolicySettings(dwell_steps=1, trial_steps=2, first_probe_steps=3))
+    for batch, width, seconds in steps:
+        policy.observe_step(batch, width, seconds)
+        policy.observe_draft(width, width // 2)
+        assert 0 <= policy.choose(batch) <= K
+
+
+def test_times_between_two_widths_lie_on_a_line_and_a_pause_is_no_step():
+    times = StepTimes(window=64.0)
+    for _ in range(5):
+        times.observe(3, 0, 0.02)
+        times.observe(4, 3, 0.05)
+    assert times.estimate(4, 1) == pytest.approx(0.03) and times.estimate(4, 4) is None
+    assert times.estimate(8, 0) is None
+    times.observe(4, 0, 3.0)
+    assert times.estimate(4, 0) == pytest.approx(0.02)
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 32, 33)] == [1, 2, 4, 4, 8, 32, 64]
