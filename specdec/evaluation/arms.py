@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import RunConfig, dump_yaml
+from specdec.device import detect_device
 from specdec.evaluation.arm_specs import ArmSpec, serve_arguments
 
 STOP_GRACE_SEC = 30.0
@@ -41,7 +42,7 @@ class Arm:
 def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterator[dict[str, Arm]]:
     """Every arm by name, in order: servers that run are asked what they serve, the others run until the block ends.
 
-    All start at the same time, for a start is mostly single-threaded compilation. Each process logs to
+    They start together, on a CPU as many as it has cores at a time. Each process logs to
     ``out_dir/<arm>-server.log``; on leaving the block (also by Ctrl-C) they get SIGTERM.
 
     Raises:
@@ -79,12 +80,17 @@ def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list
     config_path.write_text(dump_yaml(config))
     arguments = [serve_arguments(spec) for spec in specs]  # a bad head is refused before anything starts
     ports = free_ports(len(specs))
+    device = detect_device()
+    # On a CPU a start keeps one core busy; and what the first servers compile, the next ones find in the cache.
+    at_once = max(2, len(device.core_ids)) if device.kind == "cpu" else len(specs)
     for turn, spec in enumerate(specs):
+        if turn and turn % at_once == 0:
+            _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)
         command = [sys.executable, "-m", "specdec", "serve", "--target", config.target.name]
         command += ["--port", str(ports[turn]), "--config", str(config_path), *arguments[turn]]
         servers.append(_Server(spec, command, out_dir / f"{spec.name}-server.log"))
-    deadline = time.monotonic() + config.serve.startup_timeout_sec
-    return {arm.name: arm for arm in _await_ready(servers, deadline)}
+    arms = _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)
+    return {arm.name: arm for arm in arms}
 
 
 def free_ports(count: int) -> list[int]:

@@ -6,8 +6,8 @@ Both arms continue the same few prompts many times, and the frequencies of token
   are each right but do not follow from one another. Every frequency counts a little here.
 - the one token, pair or prefix whose frequency differs most: a fault that strikes rarely, but hard.
 - whether one arm's tokens are likelier than the other's altogether, as with another temperature or a top-p that is
-  ignored; judged by the pooled frequencies and, where they are given, by the target's own log-probabilities. Only
-  those see a verification that lets a few bad drafts pass: each bad draft is too rare for its frequency to tell.
+  ignored; judged by the pooled frequencies and, where given, by the target's own surprise. Only the latter sees a
+  verification that lets a few bad drafts pass: each of them is too rare for its frequency to tell.
 
 The reference is a permutation of the arms within each prompt. It exchanges whole continuations, so it is exact
 whatever the dependence between positions, and however few samples there are.
@@ -16,6 +16,7 @@ whatever the dependence between positions, and however few samples there are.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ NO_TOKEN_IDS = "no_token_ids"
 NUM_TOP = 20  # log-probabilities asked for in each context; vLLM gives no more unless told to
 
 Continuations = Sequence[tuple[int, ...]]
-# By prompt id: the log-probability (nats) of the last token of a prefix of a continuation, given those before it.
-LogProbs = Mapping[str, Mapping[tuple[int, ...], float]]
+# By prompt id and prefix of a continuation.
+Surprises = Mapping[str, Mapping[tuple[int, ...], float]]
 
 
 class ChatClient(Protocol):
@@ -95,18 +96,21 @@ async def collect_samples(
     return samples
 
 
-async def prefix_log_probs(
+async def prefix_surprises(
     client: LogprobClient, prompt_token_ids: Mapping[str, list[int]], samples: Sequence[Samples], concurrency: int
 ) -> dict[str, dict[tuple[int, ...], float]]:
-    """The target's own opinion of every token sampled: one request for each distinct context, of all arms.
-
-    A token that is not among the likeliest gets the log-probability of the last of them.
+    """How much the target is surprised by each token sampled: one request for each distinct context, of all arms.
 
     Args:
         client: of the baseline.
         prompt_token_ids: by prompt id; prompts that it lacks are not scored.
         samples: of the baseline and of all arms.
         concurrency: requests at a time.
+
+    Returns:
+        By prompt id and prefix of a continuation: the squared log-probability of the prefix's last token, less what
+        the target expects of it in this context. The square tells bad drafts better than the plain one would, and
+        without the expectation the contexts would differ more than the arms do.
 
     Raises:
         httpx.HTTPError: the server can't be reached or refuses.
@@ -118,7 +122,7 @@ async def prefix_log_probs(
             for row in rows_by_prompt[prompt]:
                 for i, token in enumerate(row):
                     contexts.setdefault((prompt, row[:i]), set()).add(token)
-    log_probs: dict[str, dict[tuple[int, ...], float]] = {prompt: {} for prompt in prompt_token_ids}
+    surprises: dict[str, dict[tuple[int, ...], float]] = {prompt: {} for prompt in prompt_token_ids}
     queue = list(contexts)
     for start in range(0, len(queue), concurrency):
         batch = queue[start : start + concurrency]
@@ -127,8 +131,15 @@ async def prefix_log_probs(
         ]
         for (prompt, context), top in zip(batch, await asyncio.gather(*requests), strict=True):
             for token in contexts[prompt, context]:
-                log_probs[prompt][(*context, token)] = top.get(token, min(top.values()))
-    return log_probs
+                surprises[prompt][(*context, token)] = _surprise(top, token)
+    return surprises
+
+
+def _surprise(top: Mapping[int, float], token: int) -> float:
+    """A token that is not among the likeliest counts like the last of them."""
+    weights = {candidate: math.exp(log_prob) for candidate, log_prob in top.items()}
+    expected = sum(weights[candidate] * top[candidate] ** 2 for candidate in top) / sum(weights.values())
+    return top.get(token, min(top.values())) ** 2 - expected
 
 
 def two_sample_test(
@@ -137,7 +148,7 @@ def two_sample_test(
     resamples: int = 2000,
     seed: int = 0,
     alpha: float = 0.001,
-    log_probs: LogProbs | None = None,
+    surprises: Surprises | None = None,
 ) -> dict[str, Any]:
     """Test that both arms continue the prompts with the same probabilities.
 
@@ -147,7 +158,7 @@ def two_sample_test(
         resamples: permutations of the arms; the smallest possible p-value is ``1 / (1 + resamples)``.
         seed: of the permutations.
         alpha: ``lossy`` means a p-value below it, which a lossless arm gives at most this often.
-        log_probs: from ``prefix_log_probs``, for much more power.
+        surprises: from ``prefix_surprises``, for much more power against bad drafts that pass.
 
     Returns:
         ``p_value``, ``statistic`` (standard deviations by which the most striking view exceeds what permuted arms
@@ -178,8 +189,8 @@ def two_sample_test(
         tokens = np.array([[*row, *[ENDED] * (width - len(row))] for row in rows], dtype=np.int64)
         observed = np.repeat([1.0, -1.0], [len(baseline[prompt]), len(other[prompt])])
         labels = np.vstack([observed, rng.permuted(np.tile(observed, (resamples, 1)), axis=1)])
-        likelihoods = np.array(_likelihoods(rows, (log_probs or {}).get(prompt, {})))
-        _merge(views, prompt_views(tokens, labels, likelihoods))
+        surprise = np.array(_total_surprise(rows, (surprises or {}).get(prompt, {})))
+        _merge(views, prompt_views(tokens, labels, surprise))
         positions += position_differences(prompt, tokens, observed)
     # Standardised with the observed value among the permuted ones, which keeps all of them exchangeable.
     statistics = np.max([_standardised(view, values) for view, values in views.items()], axis=0)
@@ -195,9 +206,9 @@ def two_sample_test(
     }
 
 
-def _likelihoods(rows: Continuations, log_probs: Mapping[tuple[int, ...], float]) -> list[float]:
-    """Log-probability of each continuation; tokens of unknown probability are left out of every continuation alike."""
-    return [sum(log_probs.get(row[: i + 1], 0.0) for i in range(len(row))) for row in rows]
+def _total_surprise(rows: Continuations, surprises: Mapping[tuple[int, ...], float]) -> list[float]:
+    """Of each continuation. An unknown prefix counts 0, which is what the target expects."""
+    return [sum(surprises.get(row[: i + 1], 0.0) for i in range(len(row))) for row in rows]
 
 
 def _merge(views: dict[str, np.ndarray], of_prompt: dict[str, np.ndarray]) -> None:

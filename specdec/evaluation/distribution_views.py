@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 ENDED = -1  # stands for every position after the end of a continuation
 EXTREME = "extreme"
 COMMONNESS = "commonness"
-LIKELIHOOD = "likelihood"
-SIGNED = (COMMONNESS, LIKELIHOOD)  # their prompts add up with a sign; the other views are differences squared
+SURPRISE = "surprise"
+SIGNED = (COMMONNESS, SURPRISE)  # their prompts add up with a sign; the other views are differences squared
 
 NUM_WORST = 3
 NUM_WORST_TOKENS = 5
@@ -25,8 +25,8 @@ MIN_COUNT = 8
 BACK_OFF = 2.0  # continuations that the general frequency of a token weighs, beside its frequency in a context
 
 
-def prompt_views(tokens: np.ndarray, labels: np.ndarray, likelihoods: np.ndarray) -> dict[str, np.ndarray]:
-    """How far apart the arms are in each view: [R] for ``tokens`` [N, T], ``labels`` [R, N], ``likelihoods`` [N]."""
+def prompt_views(tokens: np.ndarray, labels: np.ndarray, surprise: np.ndarray) -> dict[str, np.ndarray]:
+    """How far apart the arms are in each view: [R] for ``tokens`` [N, T], ``labels`` [R, N], ``surprise`` [N]."""
     import numpy as np
 
     singles = [_codes(column) for column in tokens.T]
@@ -40,7 +40,7 @@ def prompt_views(tokens: np.ndarray, labels: np.ndarray, likelihoods: np.ndarray
         kernel = sum((_kernel(codes) for codes in columns), np.zeros((len(tokens), len(tokens))))
         values[view] = np.einsum("rn,rn->r", labels @ kernel, labels)
     values[EXTREME] = _extreme([*singles, *pairs, *prefixes], labels)
-    for view, scores in ((COMMONNESS, _commonness(singles, pairs)), (LIKELIHOOD, likelihoods)):
+    for view, scores in ((COMMONNESS, _commonness(singles, pairs)), (SURPRISE, surprise)):
         values[view] = labels @ (scores - scores.mean())
     return values
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from specdec.config import RunConfig
+from specdec.device import Device
 from specdec.evaluation import arms
 from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs, serve_arguments
 from specdec.manifest import HeadManifest, TargetFingerprint
@@ -124,6 +125,22 @@ def test_started_arms_are_ready_and_stopped(start, tmp_path):
         assert started["plain"].url != started["spec"].url
     assert "stopped" in (tmp_path / "out" / "plain-server.log").read_text()
     assert "stopped" in (tmp_path / "out" / "spec-server.log").read_text()
+
+
+def test_no_more_servers_start_at_once_than_there_are_cores(start, tmp_path, monkeypatch, head):
+    monkeypatch.setattr(arms, "detect_device", lambda: Device(kind="cpu", core_ids=(0, 1), native_bf16=False))
+    awaited = []
+    wait = arms._await_ready
+    monkeypatch.setattr(arms, "_await_ready", lambda servers, end: awaited.append(len(servers)) or wait(servers, end))
+    monkeypatch.setattr(arms, "open_arms", lambda *args: args)
+    specs = parse_specs([f"s{i}=k={i + 1}" for i in range(5)], head)
+    _, config, out = start()
+    servers: list = []
+    try:
+        assert len(arms._start(specs, config, out, servers)) == 5
+    finally:
+        arms._stop(servers)
+    assert awaited == [2, 4, 5]
 
 
 def test_a_server_that_ends_early_shows_its_log(start):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 
 import numpy as np
 import pytest
 
-from specdec.evaluation.distribution import Samples, collect_samples, prefix_log_probs, two_sample_test
+from specdec.evaluation.distribution import Samples, collect_samples, prefix_surprises, two_sample_test
 from specdec.evaluation.records import RequestResult
 
 NUM_PROMPTS, NUM_SAMPLES, NUM_TOKENS, VOCAB = 8, 64, 6, 64
@@ -53,11 +54,13 @@ class Model:
             samples[f"p{prompt}"] = [tuple(row) for row in tokens.tolist()]
         return samples
 
-    def log_probs(self, *drawn):
-        """What ``prefix_log_probs`` would learn from the server."""
-        exact = np.log(softmax(self.logits))
-        least = np.sort(exact, -1)[..., -20:][..., :1]
-        known = np.maximum(exact, least)
+    def surprises(self, *drawn):
+        """What ``prefix_surprises`` would learn from the server."""
+        probs = softmax(self.logits)
+        least = np.sort(probs, -1)[..., -20:][..., :1]
+        known = np.log(np.maximum(probs, least)) ** 2
+        top = probs * (probs >= least)
+        known -= (known * top).sum(-1, keepdims=True) / top.sum(-1, keepdims=True)
         return {
             prompt: {
                 row[: i + 1]: float(known[int(prompt[1:]), row[i - 1] if i else 0, row[i]])
@@ -78,14 +81,14 @@ class Model:
         }
 
 
-@pytest.mark.parametrize("with_log_probs", [False, True])
-def test_the_null_is_calibrated(with_log_probs):
+@pytest.mark.parametrize("with_surprises", [False, True])
+def test_the_null_is_calibrated(with_surprises):
     p_values = []
     for seed in range(200):
         model = Model(seed, num_prompts=3)
         baseline, other = (model.sample(num_samples=n, num_tokens=4) for n in (24, 20))
-        log_probs = model.log_probs(baseline, other) if with_log_probs else None
-        found = two_sample_test(baseline, other, resamples=199, seed=seed, alpha=0.05, log_probs=log_probs)
+        surprises = model.surprises(baseline, other) if with_surprises else None
+        found = two_sample_test(baseline, other, resamples=199, seed=seed, alpha=0.05, surprises=surprises)
         p_values.append(found["p_value"])
     # 200 draws with 5 %: 10 expected, 2 to 20 in 99.7 of 100 such tests; half of them below the middle.
     assert 2 <= sum(p <= 0.05 for p in p_values) <= 20
@@ -119,12 +122,12 @@ def test_lossy_samplers_are_caught(lossy, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_draft_in_ten_always_accepted_is_caught_by_the_likelihood(seed):
+def test_a_draft_in_ten_always_accepted_is_caught_by_the_surprise(seed):
     model = Model(seed)
     baseline, lossy, honest = model.sample(), model.sample(forced=0.1), model.sample()
-    log_probs = model.log_probs(baseline, lossy, honest)
-    assert two_sample_test(baseline, lossy, log_probs=log_probs)["lossy"]
-    assert not two_sample_test(baseline, honest, log_probs=log_probs)["lossy"]
+    surprises = model.surprises(baseline, lossy, honest)
+    assert two_sample_test(baseline, lossy, surprises=surprises)["lossy"]
+    assert not two_sample_test(baseline, honest, surprises=surprises)["lossy"]
 
 
 def test_only_the_sequence_tells_in_the_extreme():
@@ -259,19 +262,24 @@ class LogprobClient:
 
     async def next_token_logprobs(self, token_ids, num_top=5):
         self.asked.append((tuple(token_ids), num_top))
-        return {3: -0.5, 4: -1.0 - len(token_ids)}
+        return {3: -math.log(2), 4: -(1 + len(token_ids)) * math.log(2)}
 
 
 def test_every_context_is_asked_for_once():
     client = LogprobClient()
     drawn = [Samples(by_prompt={"a": [(3, 4), (3, 9)], "b": [(3,)]}), Samples(by_prompt={"a": [(4, 3), (3, 4)]})]
-    log_probs = asyncio.run(prefix_log_probs(client, {"a": [7, 8]}, drawn, concurrency=2))
+    surprises = asyncio.run(prefix_surprises(client, {"a": [7, 8]}, drawn, concurrency=2))
     assert sorted(client.asked) == [((7, 8), 20), ((7, 8, 3), 20), ((7, 8, 4), 20)]  # b has no token ids
-    # Token 9 is not among the likeliest: it has at most the probability of the last of them.
-    assert log_probs == {"a": {(3,): -0.5, (4,): -3.0, (3, 4): -4.0, (3, 9): -4.0, (4, 3): -0.5}}
+    # After the prompt 3 has half and 4 an eighth: -ln 2 and -3 ln 2 squared, less their mean, (0.5 + 9/8) / (5/8) = 2.6.
+    nats = math.log(2) ** 2
+    assert surprises["a"].keys() == {(3,), (4,), (3, 4), (3, 9), (4, 3)}
+    assert surprises["a"][(3,)] == pytest.approx((1 - 2.6) * nats)
+    assert surprises["a"][(4,)] == pytest.approx((9 - 2.6) * nats)
+    # Token 9 is not among the likeliest: it counts like the last of them.
+    assert surprises["a"][(3, 9)] == surprises["a"][(3, 4)] > surprises["a"][(4,)]
 
 
-def test_unknown_likelihoods_do_not_speak():
+def test_unknown_surprise_does_not_speak():
     rows = [(1, 2), (3, 4)] * 32
-    known = two_sample_test({"p": rows}, {"p": rows}, log_probs={"other": {(1,): -9.0}})
+    known = two_sample_test({"p": rows}, {"p": rows}, surprises={"other": {(1,): 9.0}})
     assert known == two_sample_test({"p": rows}, {"p": rows})
