@@ -270,7 +270,7 @@ def test_every_context_is_asked_for_once():
     drawn = [Samples(by_prompt={"a": [(3, 4), (3, 9)], "b": [(3,)]}), Samples(by_prompt={"a": [(4, 3), (3, 4)]})]
     surprises = asyncio.run(prefix_surprises(client, {"a": [7, 8]}, drawn, concurrency=2))
     assert sorted(client.asked) == [((7, 8), 20), ((7, 8, 3), 20), ((7, 8, 4), 20)]  # b has no token ids
-    # After the prompt 3 has half and 4 an eighth: -ln 2 and -3 ln 2 squared, less their mean, (0.5 + 9/8) / (5/8) = 2.6.
+    # After the prompt 3 has a half and 4 an eighth: (ln 2)² and (3 ln 2)², on average (0.5 + 9 / 8) / (5 / 8) = 2.6.
     nats = math.log(2) ** 2
     assert surprises["a"].keys() == {(3,), (4,), (3, 4), (3, 9), (4, 3)}
     assert surprises["a"][(3,)] == pytest.approx((1 - 2.6) * nats)
