@@ -21,7 +21,7 @@ from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs
 from specdec.evaluation.arms import Arm, open_arms
 from specdec.evaluation.client import ArmClient
 from specdec.evaluation.cost import measure_bandwidth, memory_bound, weight_bytes_of
-from specdec.evaluation.distribution import LogProbs, Samples, collect_samples, prefix_log_probs, two_sample_test
+from specdec.evaluation.distribution import Samples, Surprises, collect_samples, prefix_surprises, two_sample_test
 from specdec.evaluation.figures import Prices
 from specdec.evaluation.journal import Journal
 from specdec.evaluation.losslessness import check_greedy
@@ -164,22 +164,22 @@ async def _distribution(
                 measurement.notes.append(f"two-sample test: {count} requests to {name} failed: {kind}")
             samples[name] = found
             advance(1, name)
-        log_probs = await _log_probs(clients[measurement.baseline], list(samples.values()), in_flight, measurement)
+        surprises = await _surprises(clients[measurement.baseline], list(samples.values()), in_flight, measurement)
     baseline = samples.pop(measurement.baseline)
     return [
-        {"arm": name, **two_sample_test(baseline.by_prompt, found.by_prompt, log_probs=log_probs)}
+        {"arm": name, **two_sample_test(baseline.by_prompt, found.by_prompt, surprises=surprises)}
         for name, found in samples.items()
     ]
 
 
-async def _log_probs(
+async def _surprises(
     client: ArmClient, samples: list[Samples], in_flight: int, measurement: Measurement
-) -> LogProbs | None:
+) -> Surprises | None:
     """The target's own opinion of what was sampled; the test is weaker without, and says so."""
     import httpx
 
     try:
-        return await prefix_log_probs(client, samples[0].prompt_token_ids, samples, in_flight)
+        return await prefix_surprises(client, samples[0].prompt_token_ids, samples, in_flight)
     except (httpx.HTTPError, ValueError) as error:
         measurement.notes.append(f"two-sample test: weaker, without the target's log-probabilities ({error})")
         return None
