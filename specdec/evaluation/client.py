@@ -139,9 +139,12 @@ class ArmClient:
         response.raise_for_status()
         try:
             top = response.json()["choices"][0]["logprobs"]["top_logprobs"][0]
-            return {int(token.removeprefix("token_id:")): float(logprob) for token, logprob in top.items()}
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"no log-probabilities in the answer of {self.arm.url}") from error
+            found = {int(token.removeprefix("token_id:")): float(logprob) for token, logprob in top.items()}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            found = {}
+        if not found:
+            raise ValueError(f"no log-probabilities in the answer of {self.arm.url}")
+        return found
 
     async def detokenize(self, token_ids: int | list[int]) -> str | None:
         """Text of one token or several; None where the server can't tell."""
