@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SAMPLING_TEMPERATURE = 1.0  # with less, fewer tokens are drawn at all and there is less to compare
 NO_TOKEN_IDS = "no_token_ids"
+MAX_CONTEXTS = 512  # scored, those that most samples share first; the others count for no arm
 NUM_TOP = 20  # log-probabilities asked for in each context; vLLM gives no more unless told to
 
 Continuations = Sequence[tuple[int, ...]]
@@ -116,14 +117,14 @@ async def prefix_surprises(
         httpx.HTTPError: the server can't be reached or refuses.
         ValueError: it gives no log-probabilities.
     """
-    contexts: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+    contexts: dict[tuple[str, tuple[int, ...]], Counter[int]] = {}
     for rows_by_prompt in (drawn.by_prompt for drawn in samples):
         for prompt in rows_by_prompt.keys() & prompt_token_ids.keys():
             for row in rows_by_prompt[prompt]:
                 for i, token in enumerate(row):
-                    contexts.setdefault((prompt, row[:i]), set()).add(token)
+                    contexts.setdefault((prompt, row[:i]), Counter())[token] += 1
     surprises: dict[str, dict[tuple[int, ...], float]] = {prompt: {} for prompt in prompt_token_ids}
-    queue = list(contexts)
+    queue = sorted(contexts, key=lambda context: -contexts[context].total())[:MAX_CONTEXTS]
     for start in range(0, len(queue), concurrency):
         batch = queue[start : start + concurrency]
         requests = [
