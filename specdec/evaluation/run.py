@@ -40,7 +40,7 @@ from specdec.targets import resolve_target
 
 logger = logging.getLogger(__name__)
 
-LABEL_WIDTH, COLUMN_WIDTH = 34, 24  # characters of the table in the terminal
+LABEL_WIDTH, COLUMN_WIDTH = 33, 23  # characters of the table in the terminal
 DISTRIBUTION_TOKENS = 6  # of each sampled continuation
 
 
