@@ -118,16 +118,27 @@ def accuracy_table(result: Tree) -> Table | None:
             str(row.get("cell")), str(row.get("suite")), words.arm_label(result, str(row.get("arm"))),
             words.with_interval(row.get("pass_at_1"), row.get("pass_at_1_ci95"), words.percent),
             words.with_interval(row.get("maj_at_n"), row.get("maj_at_n_ci95"), words.percent),
+            _difference(result, row),
             words.count(row.get("num_items")), words.count(row.get("num_samples")),
             words.count(row.get("num_unanswered")), words.count(row.get("mean_output_tokens")),
         ]
         for row in tree.accuracy_rows(result)
     ]  # fmt: skip
     header = [
-        "condition", "suite", "arm", "pass@1 [95%]", "majority vote [95%]", "items", "samples", "no answer",
+        "condition", "suite", "arm", "pass@1 [95%]", "majority vote [95%]", "less the baseline's", "items", "samples",
+        "no answer",
         "mean tokens",
     ]  # fmt: skip
     return _table(result, header, rows)
+
+
+def _difference(result: Tree, row: Tree) -> str:
+    """pass@1 less that of the baseline on the same items."""
+    place = [row.get(key) for key in ("cell", "suite", "arm")]
+    for found in result.get("accuracy_differences") or []:
+        if [found.get(key) for key in ("cell", "suite", "arm")] == place:
+            return words.with_interval(found.get("difference"), found.get("ci95"), words.percent)
+    return words.NOTHING
 
 
 def greedy_table(result: Tree) -> Table | None:
@@ -224,6 +235,9 @@ def cost_model_table(result: Tree) -> Table | None:
         "Predicted: τ × baseline step / arm step. Ceiling: the same were every draft token accepted. Below the "
         "τ to break even, speculation loses."
     )
+    bounds = [point.get("bandwidth_bound_step_sec") for point in result.get("cost_model") or []]
+    if bounds and bounds[0] is not None:
+        note += f" Reading every weight once from memory takes {words.seconds(bounds[0])} here: no step can be faster."
     return _table(result, header, rows, note)
 
 

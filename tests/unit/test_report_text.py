@@ -9,6 +9,7 @@ import pytest
 from specdec.evaluation import sentences, tables, tree, words
 from specdec.evaluation.losslessness import BUG, TIE
 from specdec.evaluation.markdown import render_markdown
+from specdec.evaluation.report import render_report
 from tests.result_extras import distribution, fork, rich_result
 from tests.result_tree import PLAIN, arm, make_result, sweep
 
@@ -148,3 +149,16 @@ def test_only_tables_that_show_a_synthetic_arm_carry_its_note():
     result = make_result([PLAIN, arm("spec"), arm("fake", synthetic=True)])
     assert "fake has synthetic acceptance" in tables.latency_table(result).note
     assert "synthetic" not in tables.greedy_table(result).note
+
+
+def test_accuracy_is_set_against_the_baseline_and_steps_against_the_memory():
+    result = make_result(scored=True)
+    row = next(row for row in result["accuracy"] if row["arm"] != result["arms"][0]["name"])
+    place = {key: row[key] for key in ("cell", "suite", "arm")}
+    result["accuracy_differences"] = [{**place, "difference": -0.031, "ci95": [-0.08, 0.02], "num_items": 20}]
+    for point in result["cost_model"]:
+        point["bandwidth_bound_step_sec"] = 0.0123
+    text = render_markdown(result)
+    page = render_report(result)
+    assert "-3.1%" in text and "-3.1% [-8.0, 2.0]" in page
+    assert "12.3 ms here: no step can be faster" in page
