@@ -18,6 +18,7 @@ SETTINGS = (
     "head.options.draft_vocab_size=200", "train.epochs=30", "train.batch_tokens=256", "train.learning_rate=0.003",
     "serve.enforce_eager=true", "serve.max_model_len=256", "serve.kv_cache_gib=1", "serve.max_num_seqs=4",
     "eval.num_prompts=4", "eval.max_new_tokens=48", "eval.repeats=1", "eval.sampled=true",
+    "eval.distribution_samples=16",
 )  # fmt: skip
 SUMMARY_KEYS = {
     "acceptance_length", "acceptance_rate", "per_position_rates", "trained_acceptance_length", "plain_tpot_sec",
