@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +125,9 @@ async def prefix_surprises(
                 for i, token in enumerate(row):
                     contexts.setdefault((prompt, row[:i]), Counter())[token] += 1
     surprises: dict[str, dict[tuple[int, ...], float]] = {prompt: {} for prompt in prompt_token_ids}
-    queue = sorted(contexts, key=lambda context: -contexts[context].total())[:MAX_CONTEXTS]
+    queue = list(contexts)
+    random.Random(0).shuffle(queue)  # or ties would go to the arm that was sampled first, and the arms would differ
+    queue = sorted(queue, key=lambda context: -contexts[context].total())[:MAX_CONTEXTS]
     for start in range(0, len(queue), concurrency):
         batch = queue[start : start + concurrency]
         requests = [

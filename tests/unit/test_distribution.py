@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import time
 
 import numpy as np
 import pytest
 
+from specdec.evaluation import distribution
 from specdec.evaluation.distribution import Samples, collect_samples, prefix_surprises, two_sample_test
 from specdec.evaluation.records import RequestResult
 
@@ -283,3 +285,21 @@ def test_unknown_surprise_does_not_speak():
     rows = [(1, 2), (3, 4)] * 32
     known = two_sample_test({"p": rows}, {"p": rows}, surprises={"other": {(1,): 9.0}})
     assert known == two_sample_test({"p": rows}, {"p": rows})
+
+
+def test_scoring_a_part_of_the_contexts_favours_no_arm(monkeypatch):
+    monkeypatch.setattr(distribution, "MAX_CONTEXTS", 60)
+    rng = random.Random(5)
+
+    def arm() -> distribution.Samples:
+        rows = [tuple(rng.randrange(200) for _ in range(4)) for _ in range(64)]
+        return distribution.Samples(by_prompt={"a": rows}, prompt_token_ids={"a": [1]})
+
+    class Client:
+        async def next_token_logprobs(self, token_ids, num_top=5):
+            return {token: -5.3 + 0.01 * token for token in range(num_top)}
+
+    first, second = arm(), arm()
+    surprises = asyncio.run(distribution.prefix_surprises(Client(), {"a": [1]}, [first, second], 8))
+    found = distribution.two_sample_test(first.by_prompt, second.by_prompt, surprises=surprises)
+    assert not found["lossy"]
