@@ -288,18 +288,18 @@ def test_unknown_surprise_does_not_speak():
 
 
 def test_scoring_a_part_of_the_contexts_favours_no_arm(monkeypatch):
-    monkeypatch.setattr(distribution, "MAX_CONTEXTS", 60)
-    rng = random.Random(5)
+    monkeypatch.setattr(distribution, "MAX_CONTEXTS", 256)
+    rng = random.Random(2)
+    prompt_token_ids = {name: [1] for name in "abcd"}
 
-    def arm() -> distribution.Samples:
-        rows = [tuple(rng.randrange(200) for _ in range(4)) for _ in range(64)]
-        return distribution.Samples(by_prompt={"a": rows}, prompt_token_ids={"a": [1]})
+    def arm() -> Samples:
+        rows = {name: [tuple(rng.randrange(200) for _ in range(5)) for _ in range(64)] for name in prompt_token_ids}
+        return Samples(by_prompt=rows, prompt_token_ids=prompt_token_ids)
 
     class Client:
         async def next_token_logprobs(self, token_ids, num_top=5):
-            return {token: -5.3 + 0.01 * token for token in range(num_top)}
+            return {token: -0.5 * token - 0.5 for token in range(num_top)}
 
     first, second = arm(), arm()
-    surprises = asyncio.run(distribution.prefix_surprises(Client(), {"a": [1]}, [first, second], 8))
-    found = distribution.two_sample_test(first.by_prompt, second.by_prompt, surprises=surprises)
-    assert not found["lossy"]
+    surprises = asyncio.run(prefix_surprises(Client(), prompt_token_ids, [first, second], 8))
+    assert not two_sample_test(first.by_prompt, second.by_prompt, surprises=surprises)["lossy"]
