@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Does the instrument find a planted 10 % slowdown, a planted loss of 5 % of the drafts and a lenient sampler, and
-# nothing where nothing is? Five servers of one head, side by side; about 15 minutes on 2 cores, resumable.
-#   experiments/planted/run.sh [HEAD_DIR [PROMPTS]]                 (default: the demo's head, 16)
+# nothing where nothing is? Five servers of one head, side by side; about 40 minutes on 2 cores, resumable.
+#   experiments/planted/run.sh [HEAD_DIR [PROMPTS]]                 (default: the demo's head, 32)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 head=${1:-runs/demo/head}
-prompts=${2:-16}
+prompts=${2:-32}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
