@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.flags import ServerFlags
-from serving.policy import parse_policy
+from serving.policy import STATIC, parse_policy
 from serving.scheduler import POLICY_VARIABLE
 from specdec.config import ServeConfig, TargetConfig
 from specdec.device import Device, vllm_environment
@@ -98,7 +98,7 @@ def plan_server(
     env = _environment(serve, device, user, environ)
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
-        env |= _add_policy(flags, serve, manifest)
+    env |= _add_policy(flags, serve, manifest, target)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
         env=env,
@@ -207,14 +207,27 @@ def _add_limits(
         flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
 
 
-def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None) -> dict[str, str]:
-    """The scheduler that asks the policy for K, and what the policy starts from."""
-    if serve.policy is None:
+def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None, target: Target) -> dict[str, str]:
+    """The scheduler that asks the policy for K and counts what happens, and what both start from."""
+    if serve.policy == STATIC:
         return {}
     parse_policy(serve.policy)
     flags.add("--scheduler-cls", SCHEDULER)
-    rates = (manifest.acceptance.get("conditional_rates") if manifest else None) or []
-    return {POLICY_VARIABLE: json.dumps({"policy": serve.policy, "conditional_rates": rates})}
+    start = {
+        "policy": serve.policy,
+        "conditional_rates": manifest.conditional_rates if manifest else [],
+        "think_start": _token_ids(target, "<think>"),
+        "think_end": _token_ids(target, "</think>"),
+    }
+    return {POLICY_VARIABLE: json.dumps(start)}
+
+
+def _token_ids(target: Target, text: str) -> list[int]:
+    """As the target's tokenizer reads it alone; [] without a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    path = Path(target.path) / "tokenizer.json"
+    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids if path.is_file() else []
 
 
 def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ: Mapping[str, str]) -> dict[str, str]:

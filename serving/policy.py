@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
+STATIC = "static"  # no policy: vLLM's own scheduler, K at every step
 
 
 def parse_policy(text: str) -> tuple[str, int | None]:
@@ -63,12 +64,13 @@ class AcceptanceModel:
         self.tries = [self.prior_weight] * len(self.prior)
         self.hits = [self.prior_weight * rate for rate in self.prior]
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """One draft of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
+    def observe(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
+        """``count`` drafts of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
+        keep = (1 - 1 / self.window) ** count
+        weight = (1 - keep) * self.window
         for i in range(min(num_drafted, num_accepted + 1, len(self.tries))):
-            keep = 1 - 1 / self.window
-            self.tries[i] = keep * self.tries[i] + 1
-            self.hits[i] = keep * self.hits[i] + (i < num_accepted)
+            self.tries[i] = keep * self.tries[i] + weight
+            self.hits[i] = keep * self.hits[i] + weight * (i < num_accepted)
 
     def forget(self, num_drafts: float) -> None:
         """Let what was seen so far count as ``num_drafts`` drafts at most, so that what comes next decides."""
@@ -145,9 +147,25 @@ class Policy:
         self._trial: tuple[int, int] | None = None  # K on trial, steps left
         self._probe_steps = self.settings.first_probe_steps
 
-    def observe_draft(self, num_drafted: int, num_accepted: int) -> None:
-        """One sequence's verification."""
-        self.acceptance.observe(num_drafted, num_accepted)
+    def set_mode(self, mode: str, width: int | None = None) -> None:
+        """``auto``, ``off``, or ``fixed`` with its K.
+
+        Raises:
+            ValueError: more draft tokens than the head has.
+        """
+        if mode == FIXED and not 0 <= (width if width is not None else -1) <= self.max_draft_tokens:
+            raise ValueError(f"fixed:K takes K from 0 to {self.max_draft_tokens} with this head, got {width}")
+        self.mode, self.fixed = mode, self.max_draft_tokens if width is None else width
+        self._trial = None
+
+    @property
+    def width(self) -> int:
+        """K that is meant to be served; trials and probes leave it for a few steps."""
+        return {OFF: 0, FIXED: self.fixed}.get(self.mode, self.chosen)
+
+    def observe_draft(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
+        """``count`` sequences' verifications of one kind."""
+        self.acceptance.observe(num_drafted, num_accepted, count)
 
     def observe_step(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
         """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again."""

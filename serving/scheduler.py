@@ -1,8 +1,8 @@
-"""The policy inside vLLM's scheduler (``--scheduler-cls serving.scheduler.make_scheduler``).
+"""The control inside vLLM's scheduler (``--scheduler-cls serving.scheduler.make_scheduler``).
 
-The only file that touches vLLM's private names. vLLM 0.32 asks ``dynamic_sd_lookup[batch]`` for the number of tokens to
-draft after each step; an object in its place asks the policy. Every hook is guarded: an exception leaves the number
-that vLLM was started with, for good, and says so in the log; it never reaches the engine.
+The only file that touches the scheduler's private names. vLLM 0.32 asks ``dynamic_sd_lookup[batch]`` for the number of
+tokens to draft after each step; an object in its place asks the policy. Every hook is guarded: an exception leaves the
+number that vLLM was started with, for good, and says so in log and status; it never reaches the engine.
 """
 
 from __future__ import annotations
@@ -11,64 +11,28 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
+from serving.control import Control
+from serving.monitor import Monitor, SpanTracker
 from serving.policy import Policy, parse_policy
 
 logger = logging.getLogger("vllm.specdec")
 
-POLICY_VARIABLE = "SPECDEC_POLICY"  # JSON: {"policy": "auto", "conditional_rates": [...]}
-IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
-NEEDED = ("dynamic_sd_lookup", "num_spec_tokens", "make_spec_decoding_stats", "update_from_output", "schedule")
-STATS_ARGUMENTS = ("spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens")
-
-
-class Control:
-    """Feeds a policy from what a scheduler does, and answers for it."""
-
-    def __init__(self, policy: Policy, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.policy, self.clock = policy, clock
-        self._ended_sec: float | None = None
-        self._step: tuple[int, int] | None = None  # batch and K of a step that can be timed
-        self._started_sec = 0.0
-        self._logged: int | None = None
-
-    def choose(self, batch: int) -> int:
-        """K for the drafts that follow a step of ``batch`` sequences."""
-        width = self.policy.choose(batch)
-        if self.policy.chosen != self._logged:
-            self._logged = self.policy.chosen
-            logger.info("specdec: K=%d (%s)", self.policy.chosen, self.policy.reason)
-        return width
-
-    def scheduled(self, output: Any) -> None:
-        """A step is about to run. It is timed when it only decodes, every sequence with the K that it drafts again."""
-        self._started_sec = self.clock()
-        drafts, tokens = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
-        widths = {len(drafts.get(request_id, ())) for request_id in tokens}
-        decodes = all(count == 1 + len(drafts.get(request_id, ())) for request_id, count in tokens.items())
-        steady = not output.scheduled_new_reqs and widths == {output.num_spec_tokens_to_schedule}
-        self._step = (len(tokens), output.num_spec_tokens_to_schedule) if tokens and decodes and steady else None
-
-    def ended(self) -> None:
-        """The step's tokens are booked."""
-        now = self.clock()
-        if self._step is not None:
-            waited = self._ended_sec is None or self._started_sec - self._ended_sec > IDLE_SEC
-            begin = self._started_sec if waited or self._ended_sec is None else self._ended_sec
-            self.policy.observe_step(*self._step, now - begin)
-        self._ended_sec, self._step = now, None
+# JSON: {"policy": "auto", "conditional_rates": [...], "think_start": [ids], "think_end": [ids]}
+POLICY_VARIABLE = "SPECDEC_POLICY"
+NEEDED = (
+    "dynamic_sd_lookup", "num_spec_tokens", "requests", "running", "add_request", "schedule", "update_from_output",
+    "make_spec_decoding_stats", "update_draft_token_ids", "_update_after_schedule",
+)  # fmt: skip
 
 
 def make_scheduler(vllm_config: Any, **kwargs: Any) -> Any:
-    """vLLM's own scheduler with the policy of ``SPECDEC_POLICY``; without speculation, or names, just vLLM's own."""
+    """vLLM's own scheduler, synchronous or not as the engine is, with a control."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    if vllm_config.speculative_config is None:
-        return base(vllm_config=vllm_config, **kwargs)
     return controlled(base)(vllm_config=vllm_config, **kwargs)
 
 
@@ -78,36 +42,70 @@ def controlled(base: type) -> type:
     class PolicyScheduler(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.specdec: Control | None = None
+            self.specdec: Control | None = None  # the one that is asked
+            self.specdec_reports: Control | None = None  # the same, also after it failed
+            self.specdec_failure: str | None = None
             missing = [name for name in NEEDED if not hasattr(self, name)]
             if missing:
-                logger.error("specdec: this vLLM has no %s: the number of draft tokens stays fixed", ", ".join(missing))
+                self.specdec_failure = f"this vLLM has no {', '.join(missing)}: K stays fixed"
+                logger.error("specdec: %s", self.specdec_failure)
                 return
             with Guard(self):
-                self.specdec = Control(_policy(self.num_spec_tokens))
-                self.dynamic_sd_lookup = Lookup(self)
+                self.specdec = self.specdec_reports = _control(self.num_spec_tokens)
+                if self.specdec.policy is not None:
+                    self.dynamic_sd_lookup = Lookup(self)
+
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            with Guard(self):
+                if self.specdec is not None and request.sampling_params is not None:
+                    self.specdec.added(request.request_id, request.sampling_params.extra_args)
+            return super().add_request(request, *args, **kwargs)
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             output = super().schedule(*args, **kwargs)
-            if self.specdec is not None:
-                with Guard(self):
+            with Guard(self):
+                if self.specdec is not None:
                     self.specdec.scheduled(output)
             return output
 
-        def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().update_from_output(*args, **kwargs)
-            if self.specdec is not None:
-                with Guard(self):
-                    self.specdec.ended()
-            return outputs
+        def _update_after_schedule(self, output: Any) -> None:
+            super()._update_after_schedule(output)
+            with Guard(self):  # asynchronous: placeholders for the drafts to come
+                self._shorten(output.num_scheduled_tokens)
+
+        def update_draft_token_ids(self, drafts: Any) -> None:
+            super().update_draft_token_ids(drafts)
+            with Guard(self):
+                self._shorten(drafts.req_ids)
+
+        def _shorten(self, request_ids: Any) -> None:
+            control = self.specdec
+            for request_id in request_ids if control is not None and control.pinned else ():
+                request, limit = self.requests.get(request_id), control.limit(request_id)
+                if request is not None and limit is not None and len(request.spec_token_ids) > limit:
+                    request.spec_token_ids = request.spec_token_ids[:limit]  # the list may be shared
 
         def make_spec_decoding_stats(
-            self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args, **kwargs
-        ):
-            if self.specdec is not None and num_draft_tokens:
-                with Guard(self):
-                    self.specdec.policy.observe_draft(num_draft_tokens, num_accepted_tokens)
-            return super().make_spec_decoding_stats(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+            self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, num_invalid_spec_tokens: Any,
+            request_id: str,
+        ) -> Any:  # fmt: skip
+            with Guard(self):
+                if self.specdec is not None:
+                    # Drafts that a grammar forbids were never verified.
+                    num_drafted = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
+                    if num_drafted > 0:
+                        self.specdec.drafted(self.requests[request_id], num_drafted, num_accepted_tokens)
+            return super().make_spec_decoding_stats(
+                stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+            )
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            with Guard(self):
+                if self.specdec is not None:
+                    num_tokens = sum(len(tokens) for tokens in model_runner_output.sampled_token_ids)
+                    self.specdec.ended(num_tokens, self.requests.__contains__)
+            return outputs
 
     return PolicyScheduler
 
@@ -120,30 +118,60 @@ class Lookup:
 
     def __getitem__(self, batch: int) -> int:
         with Guard(self.scheduler):
-            return self.scheduler.specdec.choose(batch)
+            running = (request.request_id for request in self.scheduler.running)
+            return self.scheduler.specdec.choose(batch, running)
         return self.scheduler.num_spec_tokens
 
 
 class Guard:
-    """Turns the control off for good when its body raises."""
+    """Counts the time of its body, and turns the control off for good when it raises."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
     def __enter__(self) -> None:
-        return None
+        self.begun_sec = time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        scheduler = self.scheduler
+        reports = scheduler.specdec_reports
+        if reports is not None:
+            reports.overhead_sec += time.perf_counter() - self.begun_sec
         if error is None or not isinstance(error, Exception):
             return False
-        logger.error("specdec: the policy failed (%s: %s); K stays fixed", type(error).__name__, error, exc_info=error)
-        self.scheduler.specdec, self.scheduler.dynamic_sd_lookup = None, None
+        scheduler.specdec_failure = f"the policy failed ({type(error).__name__}: {error}); K stays fixed"
+        logger.error("specdec: %s", scheduler.specdec_failure, exc_info=error)
+        scheduler.specdec, scheduler.dynamic_sd_lookup = None, None
+        if reports is not None:
+            reports.failures += 1
         return True
 
 
-def _policy(max_draft_tokens: int) -> Policy:
+def command(scheduler: Any, request: str) -> str:
+    """Answers ``{"command": "status"}`` and ``{"command": "policy", "policy": TEXT}``, JSON to JSON; never raises."""
+    control: Control | None = getattr(scheduler, "specdec_reports", None)
+    failure = getattr(scheduler, "specdec_failure", None)
+    try:
+        asked = json.loads(request)
+        if asked["command"] == "policy":
+            if control is None or failure:
+                raise ValueError(failure or "this server runs without a policy: start it with --policy auto")
+            control.set_policy(asked["policy"])
+        if control is None:
+            width = getattr(scheduler, "num_spec_tokens", 0)
+            mode = "safe" if failure else "fixed" if width else "plain"
+            return json.dumps({"mode": mode, "num_speculative_tokens": width, "reason": failure})
+        return json.dumps(control.status(failure))
+    except Exception as error:  # the engine must not fall over a question
+        return json.dumps({"error": str(error)})
+
+
+def _control(num_spec_tokens: int) -> Control:
     settings = json.loads(os.environ.get(POLICY_VARIABLE) or "{}")
-    policy = Policy(max_draft_tokens, settings.get("conditional_rates") or ())
-    policy.mode, fixed = parse_policy(settings.get("policy") or "auto")
-    policy.fixed = min(fixed, max_draft_tokens) if fixed is not None else max_draft_tokens
-    return policy
+    rates = [rate for rate in settings.get("conditional_rates") or () if rate is not None]
+    policy = None
+    if num_spec_tokens:
+        policy = Policy(num_spec_tokens, rates)
+        policy.set_mode(*parse_policy(settings.get("policy") or "auto"))
+    spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())
+    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates)

@@ -1,4 +1,11 @@
-"""A vLLM general plugin for two things on CPU. vLLM loads it in each of its processes.
+"""A vLLM general plugin: what the engine and its workers need beyond vLLM's own options. It runs in each process.
+
+**Questions.** The engine answers ``specdec`` (status, policy), which the HTTP endpoints pass on.
+
+**Plain decode without the head's forward** (``serving/catch_up.py``), and Medusa with any number of draft tokens: vLLM
+0.32's proposer takes only the number it was started with.
+
+On CPU also:
 
 **Sampling under speculation.** vLLM 0.32's CPU stand-in for the kernel that spreads per-request values over draft
 tokens converts its *output* to int64 first: temperatures and top-p, being float32, are written into a copy, and the
@@ -12,25 +19,70 @@ the first of its cores. Servers that start together on the same cores would comp
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
+import sys
 from typing import Any
+
+from serving.catch_up import with_catch_up
+
+logger = logging.getLogger("vllm.specdec")
 
 
 def register() -> None:
-    """Entry point of the group ``vllm.general_plugins``; may run many times, changes nothing off the CPU."""
+    """Entry point of the group ``vllm.general_plugins``; may run many times."""
     from vllm.platforms import current_platform
 
+    if (core := sys.modules.get("vllm.v1.engine.core")) is not None:  # loaded in the engine's process alone
+        core.EngineCore.specdec = answer
+    process = multiprocessing.current_process().name
+    in_worker = process.startswith("VllmWorker")
+    # Only where a worker lives are the runners' imports not wasted; a single GPU's lives in the engine's process.
+    if in_worker or (process.startswith("EngineCore") and not current_platform.is_cpu()):
+        try:
+            _patch_runner()
+        except (ImportError, AttributeError) as error:
+            logger.error("specdec: plain decode keeps the head's forward: %s", error)
     if not current_platform.is_cpu():
         return
     from vllm.utils import cpu_triton_utils
 
     # The worker registers this module's kernels right after it loads the plugins, and looks them up by name.
     cpu_triton_utils._expand_kernel_impl = expand
-    if multiprocessing.current_process().name.startswith("VllmWorker"):  # only there is the runner's import not wasted
+    if in_worker:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
+
+
+def answer(engine: Any, request: str) -> str:
+    """``EngineCore.specdec``: see ``serving.scheduler.command``."""
+    from serving.scheduler import command
+
+    return command(engine.scheduler, request)
+
+
+def _patch_runner() -> None:
+    from vllm.v1.spec_decode.medusa import MedusaProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if not hasattr(GPUModelRunner.propose_draft_token_ids, "__wrapped__"):  # else: loaded before
+        GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
+        MedusaProposer.propose = any_width(MedusaProposer.propose)
+
+
+def any_width(propose: Any) -> Any:
+    """Medusa's ``propose`` for any number of draft tokens up to its heads: they draft all, the first ones stay."""
+
+    @functools.wraps(propose)
+    def first_drafts(proposer: Any, num_speculative_tokens: int, target_hidden_states: Any, *args: Any, **kwargs: Any):
+        if num_speculative_tokens == 0:
+            return target_hidden_states.new_empty((len(target_hidden_states), 0), dtype=int)
+        drafts = propose(proposer, proposer.num_speculative_tokens, target_hidden_states, *args, **kwargs)
+        return drafts[:, :num_speculative_tokens]
+
+    return first_drafts
 
 
 def unpinned(compile_model: Any) -> Any:

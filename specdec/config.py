@@ -78,7 +78,7 @@ class ServeConfig:
     port: int = 8000
     speculation: bool = True
     num_speculative_tokens: int | None = None  # None: what the head's manifest says
-    policy: str | None = None  # auto | off | fixed:K; None: K at every step
+    policy: str = "static"  # auto | off | fixed:K; static: vLLM's own scheduler, K at every step
     max_model_len: int | None = None
     max_num_seqs: int = 16
     kv_cache_gib: int = 2  # CPU only

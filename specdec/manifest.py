@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,12 @@ class HeadManifest:
     def save(self, directory: Path) -> None:
         """Write ``specdec.json`` into ``directory`` atomically."""
         write_json_atomic(directory / MANIFEST_NAME, dataclasses.asdict(self))
+
+    @property
+    def conditional_rates(self) -> list[float]:
+        """Acceptance of position i among the held-out drafts accepted before it; [] when training wrote none."""
+        marginal = [1.0, *self.acceptance.get("per_position_rates", [])]
+        return [after / before if before else 0.0 for before, after in itertools.pairwise(marginal)]
 
     @classmethod
     def load(cls, directory: Path) -> HeadManifest:

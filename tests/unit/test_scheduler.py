@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from serving.control import Control
+from serving.monitor import Monitor
 from serving.policy import Policy, parse_policy
-from serving.scheduler import POLICY_VARIABLE, Control, controlled
+from serving.scheduler import POLICY_VARIABLE, command, controlled
 
 
 class Scheduler:
-    """The names that the adapter builds on, as vLLM 0.32 has them."""
+    """The names that the adapter builds on, as vLLM 0.32 has them: two running requests, r0 and r1."""
 
     def __init__(self, num_spec_tokens: int = 3) -> None:
         self.num_spec_tokens, self.dynamic_sd_lookup = num_spec_tokens, None
+        self.requests: dict = {}
+        self.running: list = []
+
+    def add_request(self, request):
+        self.requests[request.request_id] = request
+        self.running.append(request)
 
     def schedule(self):
         width = self.num_spec_tokens if self.dynamic_sd_lookup is None else self.dynamic_sd_lookup[2]
-        return step(2, width, width)
+        output = step(2, width, width)
+        self._update_after_schedule(output)
+        return output
+
+    def _update_after_schedule(self, output):
+        pass
+
+    def update_draft_token_ids(self, drafts):
+        for name, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            self.requests[name].spec_token_ids = tokens
 
     def update_from_output(self, scheduled, output):
         return "outputs"
 
     def make_spec_decoding_stats(self, stats, num_draft_tokens, num_accepted_tokens, num_invalid, request_id):
         return stats
+
+
+OUTPUT = SimpleNamespace(sampled_token_ids=[[1, 2], [3]])
+
+
+def started(num_spec_tokens: int = 3, **wishes):
+    scheduler = controlled(Scheduler)(num_spec_tokens)
+    for i in range(2):
+        name = f"r{i}"
+        extra = {"specdec": wishes[name]} if name in wishes else None
+        scheduler.add_request(
+            SimpleNamespace(
+                request_id=name, prompt_token_ids=[1], output_token_ids=[2], spec_token_ids=[],
+                sampling_params=SimpleNamespace(extra_args=extra),
+            )
+        )  # fmt: skip
+    return scheduler
 
 
 def step(batch: int, verified: int, drafted: int, new: int = 0, prompt: int = 0):
@@ -37,10 +72,17 @@ def step(batch: int, verified: int, drafted: int, new: int = 0, prompt: int = 0)
     )
 
 
+def drafted(scheduler) -> dict[str, int]:
+    """How many tokens of a full draft each request keeps."""
+    drafts = SimpleNamespace(req_ids=list(scheduler.requests), draft_token_ids=[[7] * 3, [8] * 3])
+    scheduler.update_draft_token_ids(drafts)
+    return {name: len(request.spec_token_ids) for name, request in scheduler.requests.items()}
+
+
 @pytest.fixture
 def control():
     now = [100.0]
-    found = Control(Policy(3), clock=lambda: now[0])
+    found = Control(Policy(3), Monitor(3), clock=lambda: now[0])
     found.now = now
     return found
 
@@ -49,47 +91,91 @@ def run(control, output, seconds: float, wait: float = 0.0) -> None:
     control.now[0] += wait
     control.scheduled(output)
     control.now[0] += seconds
-    control.ended()
+    control.ended(4, lambda _: True)
 
 
 def test_only_steady_decode_steps_are_timed(control):
     times = control.policy.times
     run(control, step(2, 3, 3, new=1), 9.0)  # a prompt
     run(control, step(2, 3, 3, prompt=40), 9.0)  # a chunk of one
+    assert control.monitor.decode_sec == 0
     run(control, step(2, 3, 0), 9.0)  # K is changing: the drafts of one width, the verification of another
     assert times.num_observed(2, 3) == times.num_observed(2, 0) == 0
+    assert control.monitor.decode_sec == pytest.approx(9.0)
     run(control, step(2, 3, 3), 0.05, wait=0.01)  # what passes between two steps is part of them
     assert times.estimate(2, 3) == pytest.approx(0.06)
     run(control, step(2, 0, 0), 0.02, wait=5.0)  # an idle engine is not
     assert times.estimate(2, 0) == pytest.approx(0.02)
 
 
-def test_the_policy_decides_and_learns(monkeypatch):
+def test_the_policy_decides_and_learns_a_step_at_a_time(monkeypatch):
     monkeypatch.setenv(POLICY_VARIABLE, '{"policy": "fixed:2", "conditional_rates": [0.9, 0.8, 0.7]}')
-    scheduler = controlled(Scheduler)()
+    scheduler = started()
     assert scheduler.schedule().num_spec_tokens_to_schedule == 2
-    assert scheduler.update_from_output(None, None) == "outputs"
-    assert scheduler.specdec.policy.acceptance.conditional_rates == pytest.approx([0.9, 0.8, 0.7])
+    rates = scheduler.specdec.policy.acceptance
+    assert rates.conditional_rates == pytest.approx([0.9, 0.8, 0.7])
     for _ in range(200):
         assert scheduler.make_spec_decoding_stats("stats", 2, 0, None, "r0") == "stats"
-    assert scheduler.specdec.policy.acceptance.conditional_rates[0] < 0.3
+    assert scheduler.update_from_output(None, OUTPUT) == "outputs"
+    assert rates.conditional_rates[0] < 0.3
+    status = json.loads(command(scheduler, '{"command": "status"}'))
+    assert status["mode"] == "fixed" and status["policy"] == "fixed:2" and status["num_speculative_tokens"] == 2
+    assert status["acceptance_length"] == 1.0 and status["totals"]["num_drafts"] == 200
+    assert status["trained"]["acceptance_length"] == pytest.approx(1 + 0.9 + 0.72 + 0.504)
+    assert status["totals"]["policy_usec_per_step"] > 0
 
 
-@pytest.mark.parametrize("hook", ["choose", "scheduled", "ended"])
+def test_drafts_that_a_grammar_forbade_are_not_rejections(monkeypatch):
+    monkeypatch.setenv(POLICY_VARIABLE, "{}")
+    scheduler = started()
+    scheduler.make_spec_decoding_stats(None, 3, 1, {"r0": 2}, "r0")
+    scheduler.make_spec_decoding_stats(None, 3, 0, {"r1": 3}, "r1")
+    scheduler.update_from_output(None, OUTPUT)
+    assert scheduler.specdec.monitor.total.drafted == [1, 0, 0]
+
+
+def test_a_request_has_its_own_width(monkeypatch):
+    monkeypatch.setenv(POLICY_VARIABLE, '{"policy": "fixed:2"}')
+    scheduler = started(r0="off")
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 2
+    assert drafted(scheduler) == {"r0": 0, "r1": 2}
+    scheduler = started(r0=3, r1="auto")
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 3  # the widest wish; the others keep the policy's
+    assert drafted(scheduler) == {"r0": 3, "r1": 2}
+    scheduler = started(r0="off", r1="0")
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 0
+    assert drafted(started(r1=9)) == {"r0": 3, "r1": 3}  # no choice was made yet, and 9 is what the head has
+
+
+def test_wishes_of_ended_requests_are_forgotten(control):
+    control.added("r0", {"specdec": "off"})
+    control.added("r1", {"specdec": 1})
+    for _ in range(300):
+        control.scheduled(step(1, 0, 0))
+        control.ended(1, lambda name: name == "r1")
+    assert control.pinned == {"r1": 1}
+
+
+@pytest.mark.parametrize("hook", ["choose", "scheduled", "ended", "drafted", "added"])
 def test_a_failing_policy_leaves_the_fixed_width_and_a_living_engine(monkeypatch, hook):
     monkeypatch.setenv(POLICY_VARIABLE, "{}")
-    scheduler = controlled(Scheduler)()
+    scheduler = started()
 
     def fail(*_):
         raise RuntimeError("broken policy")
 
     monkeypatch.setattr(scheduler.specdec, hook, fail)
-    for _ in range(3):
+    for number in range(3):
+        scheduler.add_request(SimpleNamespace(request_id=f"n{number}", sampling_params=SimpleNamespace(extra_args={})))
         scheduler.schedule()
-        assert scheduler.update_from_output(None, None) == "outputs"
         scheduler.make_spec_decoding_stats(None, 3, 1, None, "r0")
+        assert scheduler.update_from_output(None, OUTPUT) == "outputs"
     assert scheduler.specdec is None and scheduler.dynamic_sd_lookup is None
     assert scheduler.schedule().num_spec_tokens_to_schedule == 3
+    status = json.loads(command(scheduler, '{"command": "status"}'))
+    assert status["mode"] == "safe" and "broken policy" in status["reason"]
+    assert status["totals"]["policy_failures"] == 1
+    assert "broken policy" in json.loads(command(scheduler, '{"command": "policy", "policy": "auto"}'))["error"]
 
 
 def test_a_vllm_without_the_names_and_a_bad_setting_leave_it_alone(monkeypatch):
@@ -98,9 +184,35 @@ def test_a_vllm_without_the_names_and_a_bad_setting_leave_it_alone(monkeypatch):
             super().__init__()
             del self.dynamic_sd_lookup
 
-    assert controlled(Other)().specdec is None
+    other = controlled(Other)()
+    assert other.specdec is None
+    assert "dynamic_sd_lookup" in json.loads(command(other, '{"command": "status"}'))["reason"]
     monkeypatch.setenv(POLICY_VARIABLE, "no json")
     assert controlled(Scheduler)().specdec is None
+
+
+def test_a_server_without_a_head_counts_too_and_has_no_policy(monkeypatch):
+    monkeypatch.setenv(POLICY_VARIABLE, '{"policy": "auto"}')
+    scheduler = started(0, r0="off")
+    assert scheduler.dynamic_sd_lookup is None
+    scheduler.schedule()
+    scheduler.update_from_output(None, OUTPUT)
+    status = json.loads(command(scheduler, '{"command": "status"}'))
+    assert status["mode"] == "plain" and status["totals"]["num_output_tokens"] == 3
+    assert "draft head" in json.loads(command(scheduler, '{"command": "policy", "policy": "off"}'))["error"]
+
+
+def test_questions_never_raise_and_the_policy_can_be_changed(monkeypatch):
+    monkeypatch.setenv(POLICY_VARIABLE, "{}")
+    scheduler = started()
+    for bad in ("no json", "{}", '{"command": "policy", "policy": "fixed:9"}', '{"command": "policy", "policy": 3}'):
+        assert json.loads(command(scheduler, bad))["error"]
+    assert json.loads(command(scheduler, '{"command": "policy", "policy": "off"}'))["mode"] == "off"
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 0
+    assert json.loads(command(scheduler, '{"command": "policy", "policy": "fixed:1"}'))["policy"] == "fixed:1"
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 1
+    static = json.loads(command(Scheduler(), '{"command": "status"}'))
+    assert static["mode"] == "fixed" and static["num_speculative_tokens"] == 3
 
 
 def test_policies_as_typed():

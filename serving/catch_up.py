@@ -1,0 +1,159 @@
+"""Plain decode at the price of plain decode: while nothing is drafted, the head's forward is put off.
+
+At K = 0 vLLM 0.32 still runs the head once a step, because an EAGLE head that missed tokens has holes in its keys and
+values, and its acceptance collapses when drafting resumes. Here the head's inputs of such steps (token, position, the
+target's hidden states) are kept, and the head reads them in one forward, like a prompt: with the next step that drafts,
+or every ``LONGEST`` steps, whichever comes first. Nothing is lost, and a forward over 32 tokens costs little more than
+one over a single token.
+
+The blocks of a request that ends in between may stay in the prefix cache without these tokens' keys: a later request
+that shares them drafts a little worse there. Outputs never depend on the head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+LONGEST = 32  # steps, and so the most tokens a sequence can be behind
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the head would have read in one step of N sequences, one token each."""
+
+    rows: dict[str, int]  # request id -> index
+    token_ids: Any  # [N]
+    positions: Any  # [N]
+    hidden_states: Any  # [N, width]
+
+
+class CatchUp:
+    """Stands in front of an EAGLE proposer's ``propose``. One object a worker, called once a step."""
+
+    def __init__(self, drafter: Any, input_batch: Any) -> None:
+        self.propose, self.input_batch = drafter.propose, input_batch
+        self.max_num_tokens, self.drafter = drafter.max_num_tokens, drafter
+        self.waiting: list[Inputs] = []
+
+    def __call__(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Any,
+        target_positions: Any,
+        target_hidden_states: Any,
+        next_token_ids: Any,
+        token_indices_to_sample: Any,
+        common_attn_metadata: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the proposer's own; at K = 0 it may return its empty drafts without running the head."""
+        metadata = common_attn_metadata
+        verified_drafts = kwargs.get("num_rejected_tokens_gpu") is not None
+        only_decodes = metadata.max_query_len == 1 and len(target_token_ids) == metadata.batch_size()
+        if num_speculative_tokens == 0 and only_decodes and not verified_drafts and self._has_room(metadata):
+            rows = {request_id: row for row, request_id in enumerate(self.input_batch.req_ids)}
+            kept = (part.clone() for part in (target_token_ids, target_positions, target_hidden_states))
+            self.waiting.append(Inputs(rows, *kept))
+            return next_token_ids.new_empty((metadata.batch_size(), 0))
+        inputs = target_token_ids, target_positions, target_hidden_states
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            # A step after one at K = 0 verifies nothing, so its inputs are as plain as those that wait.
+            if not verified_drafts and metadata.batch_size() == len(self.input_batch.req_ids):
+                inputs, metadata = self._merge(waiting, inputs, metadata)
+        return self.propose(
+            num_speculative_tokens=num_speculative_tokens,
+            target_token_ids=inputs[0],
+            target_positions=inputs[1],
+            target_hidden_states=inputs[2],
+            next_token_ids=next_token_ids,
+            token_indices_to_sample=token_indices_to_sample,
+            common_attn_metadata=metadata,
+            **kwargs,
+        )
+
+    def _has_room(self, metadata: Any) -> bool:
+        held = sum(len(inputs.rows) for inputs in self.waiting)
+        return len(self.waiting) < LONGEST and held + 2 * metadata.batch_size() <= self.max_num_tokens
+
+    def _merge(self, waiting: list[Inputs], now: tuple[Any, Any, Any], metadata: Any) -> tuple[Any, Any]:
+        """Each sequence's waiting tokens in front of its present ones, and the metadata of these longer queries."""
+        import torch
+
+        token_ids, positions, hidden_states = (
+            torch.cat([*(getattr(inputs, name) for inputs in waiting), part])
+            for name, part in zip(("token_ids", "positions", "hidden_states"), now, strict=True)
+        )
+        starts = metadata.query_start_loc_cpu.tolist()
+        queries = _queries([inputs.rows for inputs in waiting], self.input_batch.req_ids, starts, positions.tolist())
+        lengths = [len(query) for query in queries]
+        index = torch.tensor([place for query in queries for place in query], device=positions.device)
+        rows = torch.repeat_interleave(
+            torch.arange(len(lengths), device=index.device), torch.tensor(lengths, device=index.device)
+        )
+        positions = positions[index]
+        size = self.drafter.block_size
+        blocks = metadata.block_table_tensor[rows, positions // size].to(metadata.slot_mapping.dtype)
+        query_start_loc_cpu = torch.tensor([0, *accumulate(lengths)], dtype=metadata.query_start_loc_cpu.dtype)
+        longer = metadata.replace(
+            query_start_loc=query_start_loc_cpu.to(metadata.query_start_loc),
+            query_start_loc_cpu=query_start_loc_cpu,
+            num_actual_tokens=len(index),
+            max_query_len=max(lengths),
+            slot_mapping=blocks * size + positions % size,
+            positions=positions if metadata.positions is not None else None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        return (token_ids[index], positions, hidden_states[index]), longer
+
+
+def _queries(
+    waiting: list[dict[str, int]], request_ids: list[str], starts: list[int], positions: list[int]
+) -> list[list[int]]:
+    """For each request the indices of its tokens, the oldest first, in the steps' inputs laid end to end.
+
+    ``waiting``: the rows of each earlier step. ``starts``: where each request begins among the present tokens, and the
+    end. ``positions``: of all tokens.
+    """
+    offsets = [0, *accumulate(len(rows) for rows in waiting)]
+    present = offsets.pop()
+    queries = []
+    for row, request_id in enumerate(request_ids):
+        query = deque(range(present + starts[row], present + starts[row + 1]))
+        for rows, offset in zip(reversed(waiting), reversed(offsets), strict=True):
+            # Without a gap: a preempted request starts again, and what it left behind is void.
+            if request_id not in rows or positions[offset + rows[request_id]] + 1 != positions[query[0]]:
+                break
+            query.appendleft(offset + rows[request_id])
+        queries.append(list(query))
+    return queries
+
+
+def with_catch_up(propose_draft_token_ids: Any) -> Any:
+    """The runner's ``propose_draft_token_ids`` with a ``CatchUp`` in front of a proposer that it understands."""
+
+    @functools.wraps(propose_draft_token_ids)
+    def propose(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        drafter = runner.drafter
+        if not hasattr(drafter, "specdec_catch_up"):
+            drafter.specdec_catch_up = CatchUp(drafter, runner.input_batch) if _is_understood(drafter) else None
+            if drafter.specdec_catch_up is not None:
+                drafter.propose = drafter.specdec_catch_up
+        return propose_draft_token_ids(runner, *args, **kwargs)
+
+    return propose
+
+
+def _is_understood(drafter: Any) -> bool:
+    """EAGLE-1 and EAGLE-3 of one group of keys and values, on text."""
+    return (
+        getattr(drafter, "method", None) in ("eagle", "eagle3")
+        and not getattr(drafter, "uses_mrope", False)
+        and not getattr(drafter, "supports_mm_inputs", False)
+        and len(getattr(drafter, "draft_attn_groups", ())) == 1
+    )

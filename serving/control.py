@@ -1,0 +1,175 @@
+"""Between the policy, the monitor and a scheduler: what the scheduler reports, what it is told. No vLLM import."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from serving.monitor import Draft, Monitor, SpanTracker, position_bucket
+from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
+
+logger = logging.getLogger("vllm.specdec")
+
+IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
+FORGET_EVERY = 256  # steps between two looks for ended requests
+
+
+class Control:
+    """Feeds policy and monitor from what a scheduler does, and answers for them. ``policy`` is None without a head."""
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        monitor: Monitor,
+        spans: SpanTracker | None = None,
+        trained_rates: Iterable[float] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.policy, self.monitor, self.spans, self.clock = policy, monitor, spans or SpanTracker(), clock
+        self.trained_rates = list(trained_rates)
+        self.started_sec = clock()
+        self.overhead_sec = 0.0  # of the hooks
+        self.failures = 0
+        self.pinned: dict[str, int] = {}  # request -> its own number of draft tokens
+        self._auto_width = policy.max_draft_tokens if policy is not None else 0  # of requests that are not pinned
+        self._drafts: Counter[Draft] = Counter()  # of the step that runs
+        self._ended_sec: float | None = None
+        self._begun_sec = 0.0
+        self._step: tuple[int, int, bool] | None = None  # batch, K, whether its time is a steady one; None: no decode
+        self._reported: int | None = None
+        self._steps_to_forget = FORGET_EVERY
+
+    # What the scheduler asks
+
+    def choose(self, batch: int, running: Iterable[str]) -> int:
+        """K for the drafts that follow a step of ``batch`` sequences; ``running``: the requests' ids."""
+        assert self.policy is not None
+        width = self._auto_width = self.policy.choose(batch)
+        if self.policy.chosen != self._reported:
+            self._reported = self.policy.chosen
+            logger.info("specdec: K=%d (%s)", self.policy.chosen, self.policy.reason)
+            self.monitor.event(self._now(), "policy", f"K={self.policy.chosen}: {self.policy.reason}")
+        if not self.pinned:
+            return width
+        return max((self.pinned.get(request_id, width) for request_id in running), default=width)
+
+    def limit(self, request_id: str) -> int | None:
+        """How many draft tokens this request may keep; None: all."""
+        return self.pinned.get(request_id, self._auto_width) if self.pinned else None
+
+    # What the scheduler reports
+
+    def added(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
+        """A new request; ``extra_args["specdec"]`` may be off, auto or a number (the server has checked it)."""
+        wish = (extra_args or {}).get("specdec", AUTO)
+        if self.policy is not None and wish != AUTO:
+            self.pinned[request_id] = 0 if wish == OFF else min(int(wish), self.policy.max_draft_tokens)
+
+    def scheduled(self, output: Any) -> None:
+        """A step is about to run. Only decode steps count, for the policy those that verify the K that they draft."""
+        self._begun_sec = self.clock()
+        drafts, tokens = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
+        widths = {len(drafts.get(request_id, ())) for request_id in tokens}
+        decodes = all(count == 1 + len(drafts.get(request_id, ())) for request_id, count in tokens.items())
+        if not tokens or not decodes or output.scheduled_new_reqs:
+            self._step = None
+            return
+        width = output.num_spec_tokens_to_schedule
+        self._step = len(tokens), width, widths == {width}
+
+    def drafted(self, request: Any, num_drafted: int, num_accepted: int) -> None:
+        """One sequence's verification."""
+        output_ids = request.output_token_ids
+        span = self.spans.span(request.request_id, request.prompt_token_ids or (), output_ids)
+        self._drafts[Draft(num_drafted, num_accepted, position_bucket(len(output_ids)), span)] += 1
+
+    def ended(self, num_tokens: int, is_alive: Callable[[str], bool]) -> None:
+        """The step's ``num_tokens`` output tokens are booked. ``is_alive`` tells whether a request still exists."""
+        now = self.clock()
+        for draft, count in self._drafts.items():
+            if self.policy is not None:
+                self.policy.observe_draft(draft.num_drafted, draft.num_accepted, count)
+            self.monitor.observe_drafts(draft, count, self._now())
+        self._drafts.clear()
+        if self._step is not None:
+            batch, width, steady = self._step
+            waited = self._ended_sec is None or self._begun_sec - self._ended_sec > IDLE_SEC
+            seconds = now - (self._begun_sec if waited or self._ended_sec is None else self._ended_sec)
+            if steady and self.policy is not None:
+                self.policy.observe_step(batch, width, seconds)
+            plain = self._plain_tok_per_sec(batch)
+            self.monitor.observe_step(batch, width, seconds, num_tokens, self._now(), plain)
+        self._ended_sec, self._step = now, None
+        self._steps_to_forget -= 1
+        if self._steps_to_forget == 0:
+            self._steps_to_forget = FORGET_EVERY
+            self.pinned = {name: width for name, width in self.pinned.items() if is_alive(name)}
+            self.spans.forget([name for name in self.spans.known if not is_alive(name)])
+
+    # What people ask
+
+    def set_policy(self, text: str) -> None:
+        """Raises:
+        ValueError: not a policy, more draft tokens than the head has, or a server without a head.
+        """
+        mode, width = parse_policy(text)
+        if self.policy is None:
+            raise ValueError("this server runs without a draft head: there is no policy to set")
+        self.policy.set_mode(mode, width)
+        self.monitor.event(self._now(), "policy", f"set to {text}")
+
+    def status(self, safe_reason: str | None = None) -> dict[str, Any]:
+        """The engine's part of /specdec/status. ``safe_reason``: why the policy is off for good, if it is."""
+        policy, figures = self.policy, self.monitor.status()
+        totals = figures["totals"]
+        totals["policy_failures"] = self.failures
+        steps = totals["num_steps"]
+        totals["policy_usec_per_step"] = 1e6 * self.overhead_sec / steps if steps else None
+        return {
+            "mode": "safe" if safe_reason else self._mode(),
+            "policy": self._policy_text() if policy is not None and not safe_reason else None,
+            "num_speculative_tokens": self._max_width() if safe_reason else self._width(),
+            "max_speculative_tokens": self._max_width(),
+            "trained": {
+                "acceptance_length": self.monitor.drift.trained_length if self.trained_rates else None,
+                "conditional_rates": self.trained_rates,
+            },
+            "plain_tok_per_sec": self._plain_tok_per_sec(self.monitor.batch),
+            "reason": safe_reason or self.monitor.drift.reason or self._policy_reason(),
+            "uptime_sec": self._now(),
+            **figures,
+        }
+
+    def _mode(self) -> str:
+        if self.policy is None:
+            return "plain"
+        if self.policy.mode != AUTO:
+            return self.policy.mode  # off, fixed
+        return "speculating" if self.policy.chosen else "plain"
+
+    def _policy_text(self) -> str:
+        assert self.policy is not None
+        return f"{FIXED}:{self.policy.fixed}" if self.policy.mode == FIXED else self.policy.mode
+
+    def _policy_reason(self) -> str | None:
+        if self.policy is None:
+            return None
+        return self.policy.reason if self.policy.mode == AUTO else f"set to {self._policy_text()}"
+
+    def _width(self) -> int:
+        return self.policy.width if self.policy is not None else 0
+
+    def _max_width(self) -> int:
+        return self.policy.max_draft_tokens if self.policy is not None else 0
+
+    def _plain_tok_per_sec(self, batch: int) -> float | None:
+        if self.policy is None:
+            return self.monitor.goodput_tok_per_sec
+        seconds = self.policy.times.estimate(batch, 0) if batch else None
+        return batch / seconds if seconds else None
+
+    def _now(self) -> float:
+        return self.clock() - self.started_sec

@@ -1,0 +1,228 @@
+"""What a server's steps say about speculation, counted so that it stays right while K changes. Pure Python.
+
+Rates are over the drafts that could have been accepted there: per position, accepted / drafted at i; conditional,
+accepted / reached (drafted at i and accepted before it). The usual accepted / drafts is too low as soon as some drafts
+are shorter. Recent figures decay with the drafts (acceptance) or with decode time (goodput); totals do not.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from serving.drift import DriftDetector
+
+RECENT_DRAFTS = 256.0  # drafts that the recent acceptance counts
+RECENT_SEC = 5.0  # decode seconds that the recent goodput counts
+POSITION_EDGES = (0, 256, 1024, 4096, 16384)  # output positions at which a new bucket begins
+SPANS = ("think", "answer")
+HISTORY_SEC = 1.0
+MAX_HISTORY, MAX_EVENTS = 600, 100
+
+
+class Draft(NamedTuple):
+    """One sequence's verification."""
+
+    num_drafted: int
+    num_accepted: int
+    bucket: int  # of POSITION_EDGES
+    span: str
+
+
+def position_bucket(output_position: int) -> int:
+    """The index of the bucket that holds ``output_position``."""
+    return bisect_right(POSITION_EDGES, output_position) - 1
+
+
+@dataclass(slots=True)
+class DraftRates:
+    """Decayed (or with ``window`` None, plain) counts of drafts by position."""
+
+    width: int
+    window: float | None = None
+    num_drafts: float = 0.0
+    num_accepted: float = 0.0
+    drafted: list[float] = field(default_factory=list)
+    reached: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drafted, self.reached, self.accepted = ([0.0] * self.width for _ in range(3))
+
+    def record(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
+        """``count`` drafts of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
+        keep = 1.0 if self.window is None else (1 - 1 / self.window) ** count
+        weight = count if self.window is None else (1 - keep) * self.window
+        self.num_drafts = keep * self.num_drafts + weight
+        self.num_accepted = keep * self.num_accepted + weight * num_accepted
+        for i in range(min(num_drafted, self.width)):
+            self.drafted[i] = keep * self.drafted[i] + weight
+            # Decayed together, so that accepted / drafted stays a share.
+            self.reached[i] = keep * self.reached[i] + weight * (i <= num_accepted)
+            self.accepted[i] = keep * self.accepted[i] + weight * (i < num_accepted)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """τ, the bonus token included."""
+        return 1 + self.num_accepted / self.num_drafts if self.num_drafts else None
+
+    @property
+    def per_position_rates(self) -> list[float | None]:
+        """Accepted at i / drafted at i."""
+        return _shares(self.accepted, self.drafted)
+
+    @property
+    def conditional_rates(self) -> list[float | None]:
+        """Accepted at i / reached i."""
+        return _shares(self.accepted, self.reached)
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> list[float | None]:
+    return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
+
+
+class Monitor:
+    """Counts what it is told of drafts and decode steps. ``trained_rates``: conditional acceptance in training."""
+
+    def __init__(self, max_draft_tokens: int, trained_rates: Sequence[float] = ()) -> None:
+        self.recent = DraftRates(max_draft_tokens, RECENT_DRAFTS)
+        self.total = DraftRates(max_draft_tokens)
+        self.by_span = {span: DraftRates(max_draft_tokens) for span in SPANS}
+        self.by_position = [DraftRates(max_draft_tokens) for _ in POSITION_EDGES]
+        self.k_histogram: Counter[int] = Counter()
+        self.num_output_tokens = 0
+        self.decode_sec = self.fallback_sec = 0.0
+        self.batch = 0
+        self.drift = DriftDetector(trained_rates[:max_draft_tokens])
+        self.history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
+        self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._recent_tokens = self._recent_sec = 0.0
+
+    def observe_drafts(self, draft: Draft, count: int, at_sec: float) -> None:
+        """``count`` sequences' verifications of one kind."""
+        rates = self.recent, self.total, self.by_span[draft.span], self.by_position[draft.bucket]
+        for each in rates:
+            each.record(draft.num_drafted, draft.num_accepted, count)
+        if self.drift.observe(draft.num_drafted, draft.num_accepted, count):
+            self.event(at_sec, "alarm", self.drift.reason or "acceptance is back to what training measured")
+
+    def observe_step(
+        self, batch: int, num_draft_tokens: int, seconds: float, num_tokens: int, at_sec: float, plain: float | None
+    ) -> None:
+        """A step that only decoded; ``plain``: tokens per second that plain decode would give, None: unknown."""
+        self.k_histogram[num_draft_tokens] += 1
+        self.num_output_tokens += num_tokens
+        self.decode_sec += seconds
+        self.fallback_sec += seconds if num_draft_tokens == 0 else 0.0
+        self.batch = batch
+        keep = max(0.0, 1 - seconds / RECENT_SEC)
+        self._recent_tokens = keep * self._recent_tokens + num_tokens
+        self._recent_sec = keep * self._recent_sec + seconds
+        if not self.history or at_sec - self.history[-1]["at_sec"] >= HISTORY_SEC:
+            self.history.append(
+                {
+                    "at_sec": round(at_sec, 1),
+                    "num_speculative_tokens": num_draft_tokens,
+                    "goodput_tok_per_sec": self.goodput_tok_per_sec,
+                    "plain_tok_per_sec": plain,
+                    "acceptance_length": self.recent.acceptance_length,
+                    "batch": batch,
+                }
+            )
+
+    def event(self, at_sec: float, kind: str, what: str) -> None:
+        """Something that people will want to know: kind is policy, alarm or failure."""
+        self.events.append({"at_sec": round(at_sec, 1), "kind": kind, "what": what})
+
+    @property
+    def goodput_tok_per_sec(self) -> float | None:
+        """Output tokens of all sequences per second of decode time."""
+        return self._recent_tokens / self._recent_sec if self._recent_sec else None
+
+    def status(self) -> dict[str, Any]:
+        """The figures, ready for JSON; what is not known is None."""
+        return {
+            "acceptance_length": self.recent.acceptance_length,
+            "per_position_rates": self.recent.per_position_rates,
+            "conditional_rates": self.recent.conditional_rates,
+            "goodput_tok_per_sec": self.goodput_tok_per_sec,
+            "fallback_share": self.fallback_sec / self.decode_sec if self.decode_sec else None,
+            "alarm": "drift" if self.drift.reason else None,
+            "batch": self.batch,
+            "k_histogram": {str(k): count for k, count in sorted(self.k_histogram.items())},
+            "totals": {
+                "num_steps": self.k_histogram.total(),
+                "num_drafts": round(self.total.num_drafts),
+                "num_draft_tokens": round(sum(self.total.drafted)),
+                "num_accepted_tokens": round(self.total.num_accepted),
+                "num_output_tokens": self.num_output_tokens,
+                "drafted_per_position": [round(count) for count in self.total.drafted],
+                "reached_per_position": [round(count) for count in self.total.reached],
+                "accepted_per_position": [round(count) for count in self.total.accepted],
+                "decode_sec": self.decode_sec,
+                "fallback_sec": self.fallback_sec,
+            },
+            "by_span": {span: _summary(rates) for span, rates in self.by_span.items()},
+            "by_output_position": [
+                {"from": begin, "to": end, **_summary(rates)}
+                for begin, end, rates in zip(POSITION_EDGES, (*POSITION_EDGES[1:], None), self.by_position, strict=True)
+            ],
+            "history": list(self.history),
+            "events": list(self.events),
+        }
+
+
+def _summary(rates: DraftRates) -> dict[str, Any]:
+    return {
+        "num_drafts": round(rates.num_drafts),
+        "num_draft_tokens": round(sum(rates.drafted)),
+        "num_accepted_tokens": round(rates.num_accepted),
+        "acceptance_length": rates.acceptance_length,
+    }
+
+
+class SpanTracker:
+    """Whether a request is thinking or answering, told from its tokens as they come."""
+
+    def __init__(self, think_start: Sequence[int] = (), think_end: Sequence[int] = ()) -> None:
+        self.think_start, self.think_end = list(think_start), list(think_end)
+        self._seen: dict[str, tuple[int, str]] = {}  # request -> output tokens read, span
+
+    def span(self, request_id: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> str:
+        """``think`` from ``<think>`` on (in the output, or last in the prompt) until ``</think>``, else ``answer``."""
+        if not self.think_end:
+            return "answer"
+        if request_id not in self._seen:
+            tail = list(prompt_ids[-len(self.think_start) - 4 :])  # a line break may follow the tag
+            thinking = last_index(tail, self.think_start) > last_index(tail, self.think_end)
+            self._seen[request_id] = 0, "think" if thinking else "answer"
+        read, span = self._seen[request_id]
+        overlap = max(len(self.think_start), len(self.think_end)) - 1
+        news = list(output_ids[max(0, read - overlap) :])
+        start, end = last_index(news, self.think_start), last_index(news, self.think_end)
+        if start != end:
+            span = "think" if start > end else "answer"
+        self._seen[request_id] = len(output_ids), span
+        return span
+
+    @property
+    def known(self) -> list[str]:
+        """Requests that it holds something of."""
+        return list(self._seen)
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """These requests have ended."""
+        for request_id in request_ids:
+            self._seen.pop(request_id, None)
+
+
+def last_index(tokens: Sequence[int], pattern: Sequence[int]) -> int:
+    """Where ``pattern`` begins for the last time in ``tokens``; -1: nowhere."""
+    width = len(pattern)
+    for begin in range(len(tokens) - width, -1, -1):
+        if width and list(tokens[begin : begin + width]) == list(pattern):
+            return begin
+    return -1
