@@ -72,13 +72,14 @@ class Control:
         """A step is about to run. Only decode steps count, for the policy those that verify the K that they draft."""
         self._begun_sec = self.clock()
         drafts, tokens = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
-        widths = {len(drafts.get(request_id, ())) for request_id in tokens}
-        decodes = all(count == 1 + len(drafts.get(request_id, ())) for request_id, count in tokens.items())
-        if not tokens or not decodes or output.scheduled_new_reqs:
+        lengths = Counter(map(len, drafts.values()))
+        lengths[0] += len(tokens) - len(drafts)
+        num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())
+        if not tokens or output.scheduled_new_reqs or sum(tokens.values()) != num_decoded:
             self._step = None
             return
         width = output.num_spec_tokens_to_schedule
-        self._step = len(tokens), width, widths == {width}
+        self._step = len(tokens), width, lengths[width] == len(tokens)
 
     def drafted(self, request: Any, num_drafted: int, num_accepted: int) -> None:
         """One sequence's verification."""

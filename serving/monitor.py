@@ -189,6 +189,7 @@ class SpanTracker:
 
     def __init__(self, think_start: Sequence[int] = (), think_end: Sequence[int] = ()) -> None:
         self.think_start, self.think_end = list(think_start), list(think_end)
+        self._last_tokens = {*self.think_start[-1:], *self.think_end[-1:]}  # without one of them no tag ends
         self._seen: dict[str, tuple[int, str]] = {}  # request -> output tokens read, span
 
     def span(self, request_id: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> str:
@@ -200,11 +201,12 @@ class SpanTracker:
             thinking = last_index(tail, self.think_start) > last_index(tail, self.think_end)
             self._seen[request_id] = 0, "think" if thinking else "answer"
         read, span = self._seen[request_id]
-        overlap = max(len(self.think_start), len(self.think_end)) - 1
-        news = list(output_ids[max(0, read - overlap) :])
-        start, end = last_index(news, self.think_start), last_index(news, self.think_end)
-        if start != end:
-            span = "think" if start > end else "answer"
+        if not self._last_tokens.isdisjoint(output_ids[read:]):
+            overlap = max(len(self.think_start), len(self.think_end)) - 1
+            news = output_ids[max(0, read - overlap) :]
+            start, end = last_index(news, self.think_start), last_index(news, self.think_end)
+            if start != end:
+                span = "think" if start > end else "answer"
         self._seen[request_id] = len(output_ids), span
         return span
 

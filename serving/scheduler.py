@@ -80,7 +80,9 @@ def controlled(base: type) -> type:
 
         def _shorten(self, request_ids: Any) -> None:
             control = self.specdec
-            for request_id in request_ids if control is not None and control.pinned else ():
+            if control is None or not control.pinned:
+                return
+            for request_id in request_ids:
                 request, limit = self.requests.get(request_id), control.limit(request_id)
                 if request is not None and limit is not None and len(request.spec_token_ids) > limit:
                     request.spec_token_ids = request.spec_token_ids[:limit]  # the list may be shared

@@ -20,8 +20,12 @@ KEYS = {
     "synthetic": "acceptance length that vLLM pretends to reach: a cost surface, no claim about the head",
     "quantization": "vLLM's name of a weight quantisation",
 }
-PREFIXES = ("serve.", "target.", "vllm.")  # settings of specdec, and vLLM's own flags
-USAGE = f"an arm is name=URL, name=plain or name=key=value,... with {', '.join(KEYS)}, serve.X, target.X or vllm.FLAG"
+XARGS = "xargs."  # what each request carries in vllm_xargs, e.g. xargs.specdec=2
+PREFIXES = ("serve.", "target.", "vllm.", XARGS)  # settings of specdec, and vLLM's own flags
+USAGE = (
+    "an arm is name=URL (and ,xargs.X=value), name=plain or name=key=value,... with "
+    f"{', '.join(KEYS)}, serve.X, target.X, xargs.X or vllm.FLAG"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,11 @@ class ArmSpec:
     name: str
     url: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def xargs(self) -> dict[str, str]:
+        """``vllm_xargs`` of each request."""
+        return {key.removeprefix(XARGS): value for key, value in self.options.items() if key.startswith(XARGS)}
 
     @property
     def is_synthetic(self) -> bool:
@@ -72,15 +81,11 @@ def _parse(text: str, head_dir: Path | None) -> ArmSpec:
     if not equals or not value or not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
         raise ValueError(f"{text!r}: {USAGE}")
     if value.startswith(("http://", "https://")):
-        return ArmSpec(name=name, url=value)
+        url, *parts = value.split(",")
+        return ArmSpec(name=name, url=url, options=_options(text, parts, (), (XARGS,)))
     if value == PLAIN:
         return ArmSpec(name=name)
-    options: dict[str, str] = {}
-    for part in value.split(","):
-        key, equals, setting = part.partition("=")
-        if not equals or not setting or not (key in KEYS or key.startswith(PREFIXES)):
-            raise ValueError(f"{text!r}: can't read {part!r}; {USAGE}")
-        options[key] = setting
+    options = _options(text, value.split(","), tuple(KEYS), PREFIXES)
     if "method" in options and options["method"] not in MODEL_FREE_METHODS:
         raise ValueError(f"{text!r}: method must be {' or '.join(MODEL_FREE_METHODS)}; a head says its own")
     speculates = {"k", "table", "synthetic"} & set(options)
@@ -90,6 +95,16 @@ def _parse(text: str, head_dir: Path | None) -> ArmSpec:
         options["head"] = str(head_dir)
     _speculative_config(options, None)  # refuse now what can't be served later
     return ArmSpec(name=name, options=options)
+
+
+def _options(text: str, parts: list[str], keys: tuple[str, ...], prefixes: tuple[str, ...]) -> dict[str, str]:
+    options = {}
+    for part in parts:
+        key, equals, setting = part.partition("=")
+        if not equals or not setting or not (key in keys or key.startswith(prefixes)):
+            raise ValueError(f"{text!r}: can't read {part!r}; {USAGE}")
+        options[key] = setting
+    return options
 
 
 def serve_arguments(spec: ArmSpec) -> list[str]:

@@ -35,6 +35,7 @@ class Arm:
     num_speculative_tokens: int | None = None  # K at its largest, 0 for plain decode; None: not known yet
     dtype: str | None = None  # as the server said at its start
     options: dict[str, str] = field(default_factory=dict)
+    xargs: dict[str, str] = field(default_factory=dict)  # sent with each request
     synthetic: bool = False  # acceptance is pretended: its timings are a cost surface
 
 
@@ -49,7 +50,7 @@ def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterato
         ValueError: a given server does not answer, or one ends before it is ready (its last log lines are in the
             message) or is not ready within ``config.serve.startup_timeout_sec``.
     """
-    given = {spec.name: _given_arm(spec.name, spec.url) for spec in specs if spec.url is not None}
+    given = {spec.name: _given_arm(spec, spec.url) for spec in specs if spec.url is not None}
     to_start = [spec for spec in specs if spec.url is None]
     servers: list[_Server] = []
     try:
@@ -59,8 +60,10 @@ def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterato
         _stop(servers)
 
 
-def _given_arm(name: str, url: str) -> Arm:
+def _given_arm(spec: ArmSpec, url: str) -> Arm:
     import httpx
+
+    name = spec.name
 
     root = url.rstrip("/").removesuffix("/v1")
     try:
@@ -71,7 +74,7 @@ def _given_arm(name: str, url: str) -> Arm:
         raise ValueError(f"the {name} server at {url} does not answer ({error}); is it running?") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"the {name} server at {url} lists no model at /v1/models: not an OpenAI server") from error
-    return Arm(name=name, url=root, model=model)
+    return Arm(name=name, url=root, model=model, options=spec.options, xargs=spec.xargs)
 
 
 def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list[_Server]) -> dict[str, Arm]:
@@ -79,7 +82,8 @@ def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list
     config_path = out_dir / "config.yaml"
     config_path.write_text(dump_yaml(config))
     arguments = [serve_arguments(spec) for spec in specs]  # a bad head is refused before anything starts
-    ports = free_ports(len(specs))
+    free = free_ports(len(specs))
+    ports = [int(spec.options.get("serve.port", port)) for spec, port in zip(specs, free, strict=True)]
     device = detect_device()
     # On a CPU a start keeps one core busy; and what the first servers compile, the next ones find in the cache.
     at_once = max(2, len(device.core_ids)) if device.kind == "cpu" else len(specs)
@@ -179,6 +183,7 @@ def _ready_arm(server: _Server) -> Arm:
         num_speculative_tokens=num_speculative_tokens,
         dtype=server.ready.get("dtype"),
         options=server.spec.options,
+        xargs=server.spec.xargs,
         synthetic=server.spec.is_synthetic,
     )
 

@@ -71,6 +71,8 @@ class ArmClient:
         }
         if temperature is not None:
             body["temperature"] = temperature
+        if self.arm.xargs:
+            body["vllm_xargs"] = self.arm.xargs
         started = _Clocks()
         reader = StreamReader(self.opens_think)
         await self._guarded(reader, "/v1/chat/completions", body, started)

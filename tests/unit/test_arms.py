@@ -35,6 +35,9 @@ def test_arms_as_typed(head):
     assert specs[0].url == "http://h:1/v1" and specs[1].is_plain
     assert specs[2].options == {"k": "2", "head": str(head)}
     assert specs[3].options["method"] == "ngram" and "head" not in specs[3].options
+    served, started = parse_specs(["a=http://h:1,xargs.specdec=2", "b=head=other,xargs.specdec=off"], None)
+    assert (served.url, served.xargs, started.xargs) == ("http://h:1", {"specdec": "2"}, {"specdec": "off"})
+    assert "xargs" not in " ".join(serve_arguments(ArmSpec(name="b", options={"xargs.specdec": "off"})))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,7 @@ def test_arms_as_typed(head):
         (["a=plain", "b=nonsense=1"], "can't read 'nonsense=1'"),
         (["a=plain", "b=method=eagle"], "ngram or suffix"),
         (["a=plain", "b=k=2"], "needs a head"),
+        (["a=plain", "b=http://h:1,k=2"], "can't read 'k=2'"),
         (["a=plain", "b=head=h,table=1:3"], "1-4:3"),
         (["a=plain", "b=head=h,synthetic=many"], "number above 0"),
     ],

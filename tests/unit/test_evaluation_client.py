@@ -17,7 +17,8 @@ from specdec.evaluation.stream import StreamReader
 
 def ask(server: FakeServer, prompt: str = "hello", timeout_sec: float = 20, **kwargs) -> RequestResult:
     async def once() -> RequestResult:
-        async with ArmClient(Arm(name="plain", url=server.url, model="fake-model"), timeout_sec) as client:
+        arm = Arm(name="plain", url=server.url, model="fake-model", xargs=kwargs.get("xargs", {}))
+        async with ArmClient(arm, timeout_sec) as client:
             return await client.chat(
                 [{"role": "user", "content": prompt}],
                 kwargs.get("max_tokens", 100),
@@ -45,8 +46,9 @@ def test_ttft_waits_for_a_token_not_for_the_role_chunk():
 
 def test_request_body_says_what_it_must_and_no_seed():
     server = FakeServer()
-    ask(server, temperature=None)
+    ask(server, temperature=None, xargs={"specdec": "2"})
     (body,) = server.log
+    assert body["vllm_xargs"] == {"specdec": "2"}
     assert "temperature" not in body and "seed" not in body
     assert body["stream_options"] == {"include_usage": True} and body["return_token_ids"] is True
 

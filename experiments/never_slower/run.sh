@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
+# (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back.
+# About 70 minutes on 2 cores, resumable; scaled down from a real study in tokens a request and in repeats.
+#   experiments/never_slower/run.sh [HEAD_DIR [REPEATS [TOKENS]]]          (default: the demo's head, 2, 48)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+head=${1:-runs/demo/head}
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+"$python" experiments/never_slower/overhead.py
+"$python" experiments/never_slower/steady.py --head "$head" --repeats "${2:-2}" --tokens "${3:-48}"
+"$python" experiments/never_slower/shift.py --head "$head"
+"$python" experiments/never_slower/verdict.py
