@@ -1,7 +1,7 @@
 """Clocks around the parts of a step, in whichever process this is imported.
 
 Times are exclusive: what an inner clock counts is taken from the outer one. They are kept for steps that only decode,
-by batch size and tokens verified a sequence, and written every ``WRITE_EVERY`` steps to ``$SPECDEC_ANATOMY/PROCESS.json``.
+by batch size and tokens verified a sequence, and written now and then to ``$SPECDEC_ANATOMY/PROCESS.json``.
 """
 
 from __future__ import annotations
