@@ -10,6 +10,7 @@ from typing import Any
 
 from serving.monitor import Draft, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
+from serving.traffic import TrafficLog
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -26,10 +27,11 @@ class Control:
         monitor: Monitor,
         spans: SpanTracker | None = None,
         trained_rates: Iterable[float] = (),
+        traffic: TrafficLog | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy, self.monitor, self.spans, self.clock = policy, monitor, spans or SpanTracker(), clock
-        self.trained_rates = list(trained_rates)
+        self.trained_rates, self.traffic = list(trained_rates), traffic
         self.started_sec = clock()
         self.overhead_sec = 0.0  # of the hooks
         self.failures = 0

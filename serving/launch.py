@@ -13,6 +13,7 @@ from typing import Any
 from serving.flags import ServerFlags
 from serving.policy import STATIC, parse_policy
 from serving.scheduler import POLICY_VARIABLE
+from serving.traffic import TrafficLog
 from specdec.config import ServeConfig, TargetConfig
 from specdec.device import Device, vllm_environment
 from specdec.manifest import HeadManifest
@@ -210,6 +211,8 @@ def _add_limits(
 def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None, target: Target) -> dict[str, str]:
     """The scheduler that asks the policy for K and counts what happens, and what both start from."""
     if serve.policy == STATIC:
+        if serve.keep_traffic:
+            raise ValueError("keep_traffic needs a policy that sees the requests: serve with --policy auto")
         return {}
     parse_policy(serve.policy)
     flags.add("--scheduler-cls", SCHEDULER)
@@ -218,8 +221,17 @@ def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None
         "conditional_rates": manifest.conditional_rates if manifest else [],
         "think_start": _token_ids(target, "<think>"),
         "think_end": _token_ids(target, "</think>"),
+        "traffic": _traffic(serve),
     }
     return {POLICY_VARIABLE: json.dumps(start)}
+
+
+def _traffic(serve: ServeConfig) -> dict[str, Any] | None:
+    if not serve.keep_traffic:
+        return None
+    directory, max_bytes = Path(serve.keep_traffic).resolve(), int(serve.keep_gib * 2**30)
+    TrafficLog(directory, serve.keep_share, max_bytes).close()  # what is wrong with them is said now
+    return {"directory": str(directory), "share": serve.keep_share, "max_bytes": max_bytes}
 
 
 def _token_ids(target: Target, text: str) -> list[int]:

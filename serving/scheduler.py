@@ -11,19 +11,22 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from serving.control import Control
 from serving.monitor import Monitor, SpanTracker
 from serving.policy import Policy, parse_policy
+from serving.traffic import TrafficLog
 
 logger = logging.getLogger("vllm.specdec")
 
-# JSON: {"policy": "auto", "conditional_rates": [...], "think_start": [ids], "think_end": [ids]}
+# JSON: {"policy": "auto", "conditional_rates": [...], "think_start": [ids], "think_end": [ids],
+#        "traffic": {"directory": PATH, "share": 0.1, "max_bytes": N} or null}
 POLICY_VARIABLE = "SPECDEC_POLICY"
 NEEDED = (
     "dynamic_sd_lookup", "num_spec_tokens", "requests", "running", "add_request", "schedule", "update_from_output",
-    "make_spec_decoding_stats", "update_draft_token_ids", "_update_after_schedule",
+    "make_spec_decoding_stats", "update_draft_token_ids", "_update_after_schedule", "_free_request",
 )  # fmt: skip
 
 
@@ -101,6 +104,12 @@ def controlled(base: type) -> type:
                 stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
             )
 
+        def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            with Guard(self):
+                if self.specdec is not None and self.specdec.traffic is not None:
+                    self.specdec.traffic.finished(request.prompt_token_ids or (), request.output_token_ids)
+            return super()._free_request(request, *args, **kwargs)
+
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             with Guard(self):
@@ -176,4 +185,6 @@ def _control(num_spec_tokens: int) -> Control:
         policy = Policy(num_spec_tokens, rates)
         policy.set_mode(*parse_policy(settings.get("policy") or "auto"))
     spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())
-    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates)
+    keep = settings.get("traffic")
+    traffic = TrafficLog(Path(keep["directory"]), keep["share"], keep["max_bytes"]) if keep else None
+    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates, traffic)

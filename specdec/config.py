@@ -79,6 +79,9 @@ class ServeConfig:
     speculation: bool = True
     num_speculative_tokens: int | None = None  # None: what the head's manifest says
     policy: str = "static"  # auto | off | fixed:K; static: vLLM's own scheduler, K at every step
+    keep_traffic: str | None = None  # folder for finished requests, as rows to train on; None: nothing is kept
+    keep_share: float = 0.1  # of the requests
+    keep_gib: float = 1.0
     max_model_len: int | None = None
     max_num_seqs: int = 16
     kv_cache_gib: int = 2  # CPU only

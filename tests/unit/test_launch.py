@@ -171,3 +171,13 @@ def test_a_policy_brings_its_scheduler_and_what_training_measured():
     assert json.loads(chosen.env["SPECDEC_POLICY"])["policy"] == "auto"
     with pytest.raises(ValueError, match="auto, off or fixed:K"):
         plan(policy="sometimes")
+
+
+def test_traffic_is_kept_only_when_asked_and_where_it_can_be(tmp_path):
+    assert json.loads(plan(policy="auto").env["SPECDEC_POLICY"])["traffic"] is None
+    kept = json.loads(plan(policy="auto", keep_traffic=str(tmp_path / "rows")).env["SPECDEC_POLICY"])["traffic"]
+    assert kept == {"directory": str(tmp_path / "rows"), "share": 0.1, "max_bytes": 2**30}
+    with pytest.raises(ValueError, match="--policy auto"):
+        plan(keep_traffic=str(tmp_path))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        plan(policy="auto", keep_traffic=str(tmp_path), keep_share=2.0)

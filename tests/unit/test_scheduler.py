@@ -41,6 +41,9 @@ class Scheduler:
     def update_from_output(self, scheduled, output):
         return "outputs"
 
+    def _free_request(self, request):
+        return "freed"
+
     def make_spec_decoding_stats(self, stats, num_draft_tokens, num_accepted_tokens, num_invalid, request_id):
         return stats
 
@@ -213,6 +216,16 @@ def test_questions_never_raise_and_the_policy_can_be_changed(monkeypatch):
     assert scheduler.schedule().num_spec_tokens_to_schedule == 1
     static = json.loads(command(Scheduler(), '{"command": "status"}'))
     assert static["mode"] == "fixed" and static["num_speculative_tokens"] == 3
+
+
+def test_finished_requests_are_kept_when_asked(monkeypatch, tmp_path):
+    keep = {"directory": str(tmp_path), "share": 1.0, "max_bytes": 10**6}
+    monkeypatch.setenv(POLICY_VARIABLE, json.dumps({"traffic": keep}))
+    scheduler = started()
+    assert scheduler._free_request(scheduler.requests["r0"]) == "freed"
+    scheduler.specdec.traffic.close()
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text()) == {"prompt_ids": [1], "completion_ids": [2]}
 
 
 def test_policies_as_typed():
