@@ -17,20 +17,36 @@ R1_TEMPLATE = (
 SPECIAL = ["<bos>", "<eos>", "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and six special tokens."""
+# The family's own special tokens, and what its published templates do with plain turns: the later revision.
+R1_SPECIAL = [
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>",
+]  # fmt: skip
+R1_LATE_TEMPLATE = (
+    "{% set first = namespace(text='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set first.text = m['content'] %}{% endif %}{% endfor %}{{ bos_token }}{{ first.text }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{% set said = m['content'] %}"
+    "{% if '</think>' in said %}{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + said + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+R1_EARLY_TEMPLATE = R1_LATE_TEMPLATE.replace("<think>\\n", "")
+
+
+def tiny_tokenizer(special: list[str] = SPECIAL, template: str = R1_TEMPLATE) -> PreTrainedTokenizerFast:
+    """256 bytes and six special tokens: beginning, end, the turns' openings and the think tags."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<eos>",
-        extra_special_tokens=SPECIAL[2:],
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        extra_special_tokens=special[2:],
     )
-    fast.chat_template = R1_TEMPLATE
+    fast.chat_template = template
     return fast
 
 
