@@ -104,6 +104,7 @@ def plan_server(
     warnings = (open_server_warning(host, user, {**environ, **env}), quantized_cache_warning(user))
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
+        flags.add("--per-request-spec-decode-metrics", "summary")  # what `specdec chat` shows below an answer
         env |= _add_policy(flags, serve, manifest)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],

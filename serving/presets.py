@@ -43,6 +43,6 @@ def quantized_cache_warning(user: ServerFlags) -> str | None:
     if dtype is None or dtype in WHOLE_KV_DTYPES:
         return None
     return (
-        f"--kv-cache-dtype {dtype}: a quantised KV cache costs small reasoning models accuracy, the more the longer "
-        "they think; compare with `specdec eval` before you rely on it"
+        f"--kv-cache-dtype {dtype}: a quantised KV cache can cost small reasoning models accuracy; measure yours with "
+        "`specdec eval` before you rely on it"
     )

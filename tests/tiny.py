@@ -50,18 +50,24 @@ def tiny_tokenizer(special: list[str] = SPECIAL, template: str = R1_TEMPLATE) ->
     return fast
 
 
-def save_tiny_target(directory: Path, kind: str = "llama", initializer_range: float = 0.2) -> Path:
+def save_tiny_target(
+    directory: Path,
+    kind: str = "llama",
+    initializer_range: float = 0.2,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    max_position_embeddings: int = 512,
+) -> Path:
     """A few layers of the named architecture: ``llama`` tied with grouped queries and llama3 rope scaling,
     ``qwen2`` untied, biased and with a padded vocabulary."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     shared = {
         "hidden_size": 64,
         "intermediate_size": 48,
         "num_hidden_layers": 5,
         "num_attention_heads": 2,  # of 32, the narrowest that vLLM runs on CPU
         "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": max_position_embeddings,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": initializer_range,  # small: outputs loop, and a head can learn them

@@ -82,6 +82,7 @@ def test_a_cpu_plan_prefills_each_prompt_in_one_step_with_room_for_running_reque
     assert planned.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
     expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
     assert json.loads(flag(planned, "--speculative-config")) == expected
+    assert flag(planned, "--per-request-spec-decode-metrics") == "summary"
     assert (planned.head, planned.num_speculative_tokens, planned.url) == ("eagle3", 3, "http://127.0.0.1:8000")
 
 
@@ -97,6 +98,7 @@ def test_a_cuda_plan_leaves_dtype_length_and_environment_to_vllm():
 def test_speculation_off_serves_plain_even_with_a_head():
     for planned in (plan(speculation=False), plan(speculation=False, head=False)):
         assert "--speculative-config" not in planned.argv
+        assert "--per-request-spec-decode-metrics" not in planned.argv, "vLLM refuses it on a plain server"
         assert (planned.head, planned.num_speculative_tokens) == (None, 0)
 
 
@@ -155,11 +157,8 @@ PASSED_ON = {
     "no chunked prefill": ["--no-enable-chunked-prefill"],
     "prefill and decode apart": ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
 }
-TOGETHER = [
-    arg
-    for name in ("tensor parallelism", "fp8 weights", "no prefix caching", "chunked prefill", "prefill and decode apart")
-    for arg in PASSED_ON[name]
-]
+COMPATIBLE = ("tensor parallelism", "fp8 weights", "no prefix caching", "chunked prefill", "prefill and decode apart")
+TOGETHER = [arg for name in COMPATIBLE for arg in PASSED_ON[name]]
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
@@ -208,6 +207,18 @@ def test_a_key_from_a_file_reaches_vllm_and_is_never_shown(tmp_path):
     for bad, words in ((key, "is empty"), (tmp_path / "none", "cannot read")):
         with pytest.raises(ValueError, match=words):
             plan(api_key_file=str(bad))
+
+
+def test_serve_says_what_the_plan_warns_about(monkeypatch, caplog):
+    monkeypatch.setattr("serving.serve.resolve_target", lambda config: TARGET)
+    monkeypatch.setattr("serving.serve.run_server", lambda *arguments: 0)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    config = RunConfig(serve=ServeConfig(host="0.0.0.0", port=8000, speculation=False))
+    assert serve(config, None, ["--kv-cache-dtype", "fp8"]) == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "without an API key" in caplog.text and "KV cache" in caplog.text
+    caplog.clear()
+    assert serve(config, None, ["--api-key", "s3cret"]) == 0 and caplog.records == []
 
 
 def test_several_ranks_leave_the_cores_to_vllm():
