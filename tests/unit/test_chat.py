@@ -220,6 +220,7 @@ def test_the_command_ends_in_one_line_without_a_server():
 
 def test_ctrl_c_stops_the_answer_and_not_the_program():
     server = ChatServer(ENDLESS, REPLY)
+    server.prompt_end = "<|Assistant|>"  # the answer is shown as it comes
     with serving(server):
         process = subprocess.Popen(
             [*CHAT, "--url", server.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
