@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serving.access import key_environment, open_server_warning
 from serving.flags import ServerFlags
 from serving.policy import STATIC, parse_policy
+from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
 from serving.traffic import TrafficLog
 from specdec.config import ServeConfig, TargetConfig
@@ -37,7 +39,7 @@ class ServerPlan:
     """One vLLM server, ready to be started."""
 
     argv: list[str]
-    env: dict[str, str]  # what is added to this process's environment
+    env: dict[str, str] = field(repr=False)  # what is added to this process's environment; may hold a key
     url: str  # where a client on this machine reaches it
     host: str
     port: int
@@ -46,6 +48,7 @@ class ServerPlan:
     head: str | None  # None: plain decode
     num_speculative_tokens: int  # K; 0: plain decode
     dtype: str
+    warnings: tuple[str, ...] = ()  # what the user should know before it starts
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,9 +99,13 @@ def plan_server(
     _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), num_draft_tokens)
     if serve.enforce_eager:
         flags.add("--enforce-eager")
-    env = _environment(serve, device, user, environ)
+    for flag, value in preset_flags(target, serve, device, user).items():
+        flags.add(flag, value)
+    env = _environment(serve, device, user, environ) | key_environment(serve, user)
+    warnings = (open_server_warning(host, user, {**environ, **env}), quantized_cache_warning(user))
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
+        flags.add("--per-request-spec-decode-metrics", "summary")  # what `specdec chat` shows below an answer
     env |= _add_policy(flags, serve, manifest, target)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
@@ -111,6 +118,7 @@ def plan_server(
         head=_head_name(speculative, head_dir, manifest),
         num_speculative_tokens=num_draft_tokens,
         dtype=dtype if dtype != "auto" else str(target.config.get("dtype") or target.config.get("torch_dtype", dtype)),
+        warnings=tuple(filter(None, warnings)),
     )
 
 

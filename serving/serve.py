@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from specdec.config import RunConfig
 from specdec.device import detect_device
 from specdec.manifest import HeadManifest
 from specdec.targets import resolve_target
+
+logger = logging.getLogger(__name__)
 
 
 def serve(config: RunConfig, head_dir: Path | None, extra_args: list[str], log_path: Path | None = None) -> int:
@@ -42,6 +45,8 @@ def serve(config: RunConfig, head_dir: Path | None, extra_args: list[str], log_p
     if manifest is not None:
         manifest.check_target(target.fingerprint())
     plan = plan_server(target, settings, config.target, detect_device(), head_dir, manifest, extra_args)
+    for warning in plan.warnings:
+        logger.warning("warning: %s", warning)
     return run_server(plan, settings.startup_timeout_sec, lambda: announce(plan), log_path)
 
 

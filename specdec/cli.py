@@ -214,6 +214,27 @@ def doctor(
 
 
 @app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions ahead of the conversation.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of one answer, its thinking included.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
+    no_color: Annotated[bool, typer.Option("--no-color", help="Plain text.")] = False,
+) -> None:
+    """Chat with a server: thinking dim, and below each answer its speed and acceptance length."""
+    from specdec.chat.session import ChatOptions, run_chat
+
+    run_chat(
+        ChatOptions(
+            url=url, model=model, system=system, temperature=temperature, max_tokens=max_tokens, api_key=api_key,
+            no_color=no_color,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Directories that `specdec eval` wrote.")],
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],

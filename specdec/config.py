@@ -87,6 +87,8 @@ class ServeConfig:
     kv_cache_gib: int = 2  # CPU only
     threads_bind: str = "auto"  # CPU only: auto | a core list such as 0-3 | nobind
     enforce_eager: bool = False
+    preset: str = "auto"  # auto: R1-Distill targets get their sampling, parser, template and length | none
+    api_key_file: str | None = None  # a file that holds the key clients must send; None: VLLM_API_KEY, if set
     startup_timeout_sec: float = 900.0
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from specdec.config import TargetConfig
 from specdec.manifest import TargetFingerprint
+from specdec.r1 import has_r1_turns, is_r1_name
 from specdec.record import text_sha256, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,20 @@ class Target:
     @property
     def max_position_embeddings(self) -> int:
         return int(self.config["max_position_embeddings"])
+
+    @property
+    def chat_template(self) -> str:
+        """Its own template's text; empty when it has none, or several by name."""
+        text = _chat_template(self.path)
+        if (self.path / "chat_template.jinja").is_file():
+            return text
+        declared = json.loads(text or "null")
+        return declared if isinstance(declared, str) else ""
+
+    @property
+    def is_r1_distill(self) -> bool:
+        """By its name or by its chat template: the published models, copies of them and fine-tunes."""
+        return is_r1_name(self.name) or has_r1_turns(self.chat_template)
 
     def fingerprint(self) -> TargetFingerprint:
         """The facts a head depends on, read from small files and safetensors headers only."""

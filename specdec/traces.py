@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec import r1
 from specdec.record import text_sha256
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -129,9 +130,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def render_prompt(tokenizer: Any, prompt: str) -> str:
-    """The generation prompt of one user turn: what ``/v1/chat/completions`` feeds the target."""
+    """The generation prompt of one user turn: what ``/v1/chat/completions`` feeds the target.
+
+    R1-Distill targets are rendered with the template that they are served with, whatever revision they carry.
+    """
+    own = tokenizer.chat_template
+    template = r1.template() if isinstance(own, str) and r1.has_r1_turns(own) else None
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": prompt}], chat_template=template, tokenize=False, add_generation_prompt=True
     )
 
 

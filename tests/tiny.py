@@ -17,35 +17,57 @@ R1_TEMPLATE = (
 SPECIAL = ["<bos>", "<eos>", "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and six special tokens."""
+# The family's own special tokens, and what its published templates do with plain turns: the later revision.
+R1_SPECIAL = [
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>",
+]  # fmt: skip
+R1_LATE_TEMPLATE = (
+    "{% set first = namespace(text='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set first.text = m['content'] %}{% endif %}{% endfor %}{{ bos_token }}{{ first.text }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{% set said = m['content'] %}"
+    "{% if '</think>' in said %}{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + said + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+R1_EARLY_TEMPLATE = R1_LATE_TEMPLATE.replace("<think>\\n", "")
+
+
+def tiny_tokenizer(special: list[str] = SPECIAL, template: str = R1_TEMPLATE) -> PreTrainedTokenizerFast:
+    """256 bytes and six special tokens: beginning, end, the turns' openings and the think tags."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<eos>",
-        extra_special_tokens=SPECIAL[2:],
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        extra_special_tokens=special[2:],
     )
-    fast.chat_template = R1_TEMPLATE
+    fast.chat_template = template
     return fast
 
 
-def save_tiny_target(directory: Path, kind: str = "llama", initializer_range: float = 0.2) -> Path:
+def save_tiny_target(
+    directory: Path,
+    kind: str = "llama",
+    initializer_range: float = 0.2,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    max_position_embeddings: int = 512,
+) -> Path:
     """A few layers of the named architecture: ``llama`` tied with grouped queries and llama3 rope scaling,
     ``qwen2`` untied, biased and with a padded vocabulary."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     shared = {
         "hidden_size": 64,
         "intermediate_size": 48,
         "num_hidden_layers": 5,
         "num_attention_heads": 2,  # of 32, the narrowest that vLLM runs on CPU
         "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": max_position_embeddings,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": initializer_range,  # small: outputs loop, and a head can learn them

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.evaluation.arms import Arm
 from specdec.evaluation.records import RequestResult
-from specdec.evaluation.stream import StreamReader
+from specdec.evaluation.stream import EventReader, StreamReader
 from specdec.traces import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
@@ -202,13 +202,10 @@ class _Clocks:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """Server-sent events. Split at newlines only: httpx's own line reader also splits at U+2028 inside an answer."""
-    pending = b""
+    events = EventReader()
     async for block in response.aiter_bytes():
-        *lines, pending = (pending + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode()
+        for event in events.take(block):
+            yield event
 
 
 def _status_kind(status: int) -> str:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from specdec.evaluation.records import RequestResult
 from specdec.traces import THINK_CLOSE, THINK_OPEN
 
 ERROR_DETAIL_CHARS = 300
+
+
+class EventReader:
+    """Server-sent events out of blocks of bytes. Split at newlines only: a text line may hold U+2028, where httpx's
+    own line reader splits as well."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def take(self, block: bytes) -> Iterator[str]:
+        """The data of each event that ``block`` completes."""
+        *lines, self._pending = (self._pending + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip().decode()
+
+
+def texts_of(choice: dict[str, Any]) -> tuple[str, str]:
+    """What one choice of a chunk adds: text that the server calls reasoning, and other text."""
+    delta = choice.get("delta") or {"content": choice.get("text")}
+    return delta.get("reasoning") or delta.get("reasoning_content") or "", delta.get("content") or ""
 
 
 class StreamReader:
@@ -61,11 +83,9 @@ class StreamReader:
 
     def _take_choice(self, choice: dict[str, Any], now_sec: float) -> None:
         result = self.result
-        delta = choice.get("delta") or {"content": choice.get("text")}
         token_ids = choice.get("token_ids") or []
         finished = choice.get("finish_reason")
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content") or ""
-        content = delta.get("content") or ""
+        reasoning, content = texts_of(choice)
         # The role chunk comes ahead of the first token and holds none: it does not stop the clock.
         if token_ids or finished or content or reasoning:
             if result.ttft_sec is None:

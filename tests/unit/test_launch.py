@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from serving import launch
+from serving.flags import ServerFlags
 from serving.launch import ServerPlan, plan_server
 from serving.serve import serve
 from serving.sockets import check_port_free
@@ -47,7 +48,10 @@ def manifest(num_speculative_tokens: int = 3) -> HeadManifest:
     )
 
 
-def plan(*extra: str, device: Device = CPU, head: bool = True, dtype: str = "auto", **serve_options) -> ServerPlan:
+def plan(
+    *extra: str, device: Device = CPU, head: bool = True, dtype: str = "auto", environ: dict | None = None,
+    **serve_options,
+) -> ServerPlan:  # fmt: skip
     return plan_server(
         TARGET,
         ServeConfig(**serve_options),
@@ -56,7 +60,7 @@ def plan(*extra: str, device: Device = CPU, head: bool = True, dtype: str = "aut
         Path("/heads/a") if head else None,
         manifest() if head else None,
         list(extra),
-        environ={},
+        environ=environ or {},
     )
 
 
@@ -78,6 +82,7 @@ def test_a_cpu_plan_prefills_each_prompt_in_one_step_with_room_for_running_reque
     assert planned.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
     expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
     assert json.loads(flag(planned, "--speculative-config")) == expected
+    assert flag(planned, "--per-request-spec-decode-metrics") == "summary"
     assert (planned.head, planned.num_speculative_tokens, planned.url) == ("eagle3", 3, "http://127.0.0.1:8000")
 
 
@@ -93,6 +98,7 @@ def test_a_cuda_plan_leaves_dtype_length_and_environment_to_vllm():
 def test_speculation_off_serves_plain_even_with_a_head():
     for planned in (plan(speculation=False), plan(speculation=False, head=False)):
         assert "--speculative-config" not in planned.argv
+        assert "--per-request-spec-decode-metrics" not in planned.argv, "vLLM refuses it on a plain server"
         assert (planned.head, planned.num_speculative_tokens) == (None, 0)
 
 
@@ -138,6 +144,81 @@ def test_flags_after_the_dashes_win_in_every_spelling():
     assert "--no-enable-chunked-prefill" not in plan("--enable-chunked-prefill").argv
     with pytest.raises(ValueError, match="one JSON object"):
         plan("--speculative-config.method", "ngram")
+
+
+PASSED_ON = {
+    "tensor parallelism": ["--tensor-parallel-size", "2"],
+    "fp8 weights": ["--quantization", "fp8"],
+    "AWQ weights": ["-q=awq_marlin"],
+    "GPTQ weights": ["--quantization=gptq_marlin"],
+    "prefix caching": ["--enable-prefix-caching"],
+    "no prefix caching": ["--no-enable-prefix-caching"],
+    "chunked prefill": ["--enable-chunked-prefill", "--max-num-batched-tokens", "8192"],
+    "no chunked prefill": ["--no-enable-chunked-prefill"],
+    "prefill and decode apart": ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
+}
+COMPATIBLE = ("tensor parallelism", "fp8 weights", "no prefix caching", "chunked prefill", "prefill and decode apart")
+TOGETHER = [arg for name in COMPATIBLE for arg in PASSED_ON[name]]
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("given", [*PASSED_ON.values(), TOGETHER], ids=[*PASSED_ON, "together"])
+def test_vllms_own_features_pass_untouched_beside_a_head(given, device):
+    planned = plan(*given, device=device, policy="auto")
+    assert planned.argv[-len(given) :] == given
+    ours = ServerFlags(planned.argv[3 : -len(given)])
+    assert [arg for arg in given if arg.startswith("-") and arg in ours] == [], "nothing of ours contradicts"
+    expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
+    assert json.loads(ours.get("--speculative-config") or "") == expected and "--scheduler-cls" in ours
+    assert planned.warnings == ()
+
+
+def test_a_quantised_kv_cache_passes_with_a_warning():
+    for given in (["--kv-cache-dtype", "fp8"], ["--kv_cache_dtype=fp8_e5m2"]):
+        planned = plan(*given, device=CUDA)
+        (warning,) = planned.warnings
+        assert planned.argv[-len(given) :] == given
+        assert "fp8" in warning and "accuracy" in warning
+    assert plan("--kv-cache-dtype=bfloat16").warnings == plan("--kv-cache-dtype", "auto").warnings == ()
+
+
+def test_the_server_is_local_and_one_that_anybody_may_use_is_warned_about(tmp_path):
+    assert flag(plan(), "--host") == "127.0.0.1"
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert plan(host=host).warnings == ()
+    for planned in (plan(host="0.0.0.0"), plan("--host", "::"), plan(host="192.0.2.7"), plan("--host=box.example")):
+        (warning,) = planned.warnings
+        assert "without an API key" in warning
+    assert plan("--api-key", "s3cret", host="0.0.0.0").warnings == ()
+    assert plan(host="0.0.0.0", api_key_file=str(key)).warnings == ()
+    assert plan(host="0.0.0.0", environ={"VLLM_API_KEY": "s3cret"}).warnings == ()
+
+
+def test_a_key_from_a_file_reaches_vllm_and_is_never_shown(tmp_path):
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    planned = plan(api_key_file=str(key))
+    assert planned.env["VLLM_API_KEY"] == "s3cret"
+    assert "s3cret" not in repr(planned)
+    assert "VLLM_API_KEY" not in plan("--api-key", "other", api_key_file=str(key)).env
+    key.write_text(" \n")
+    for bad, words in ((key, "is empty"), (tmp_path / "none", "cannot read")):
+        with pytest.raises(ValueError, match=words):
+            plan(api_key_file=str(bad))
+
+
+def test_serve_says_what_the_plan_warns_about(monkeypatch, caplog):
+    monkeypatch.setattr("serving.serve.resolve_target", lambda config: TARGET)
+    monkeypatch.setattr("serving.serve.run_server", lambda *arguments: 0)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    config = RunConfig(serve=ServeConfig(host="0.0.0.0", port=8000, speculation=False))
+    assert serve(config, None, ["--kv-cache-dtype", "fp8"]) == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "without an API key" in caplog.text and "KV cache" in caplog.text
+    caplog.clear()
+    assert serve(config, None, ["--api-key", "s3cret"]) == 0 and caplog.records == []
 
 
 def test_several_ranks_leave_the_cores_to_vllm():

@@ -1,0 +1,1 @@
+"""``specdec chat``: a streaming terminal client for any OpenAI-compatible server."""
