@@ -85,6 +85,10 @@ class ServeConfig:
     threads_bind: str = "auto"  # CPU only: auto | a core list such as 0-3 | nobind
     enforce_eager: bool = False
     startup_timeout_sec: float = 900.0
+    health_timeout_sec: float = 120.0  # without a healthy answer; then the server is restarted
+    max_restarts: int = 10  # in a row, without some minutes of serving in between; 0: never restart
+    require_head: bool = False  # refuse to serve, rather than serve plain, when the head can't be used
+    drain_sec: int = 30  # for requests in flight after SIGTERM
 
 
 @dataclass(kw_only=True, slots=True)

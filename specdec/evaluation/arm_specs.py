@@ -21,6 +21,9 @@ KEYS = {
     "quantization": "vLLM's name of a weight quantisation",
 }
 PREFIXES = ("serve.", "target.", "vllm.")  # settings of specdec, and vLLM's own flags
+# A server that quietly came up plain, or again as another process, would be measured as what it is not; and nobody
+# waits for the answers of a measurement that was stopped. These win over an arm's own settings.
+MEASURED = ("serve.require_head=true", "serve.max_restarts=0", "serve.drain_sec=0")
 USAGE = f"an arm is name=URL, name=plain or name=key=value,... with {', '.join(KEYS)}, serve.X, target.X or vllm.FLAG"
 
 
@@ -99,6 +102,8 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
     for key, value in options.items():
         if key.startswith(("serve.", "target.")):
             arguments += ["--set", f"{key}={value}"]
+    for setting in MEASURED:
+        arguments += ["--set", setting]
     speculates = bool({"head", "method"} & set(options))  # vLLM refuses the flag on a plain server
     flags = ["--per-request-spec-decode-metrics", "detailed"] if speculates else []
     if "quantization" in options:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from serving import launch
+from serving.flags import ServerFlags
 from serving.launch import ServerPlan, plan_server
 from serving.serve import serve
 from serving.sockets import check_port_free
@@ -138,6 +139,13 @@ def test_flags_after_the_dashes_win_in_every_spelling():
     assert "--no-enable-chunked-prefill" not in plan("--enable-chunked-prefill").argv
     with pytest.raises(ValueError, match="one JSON object"):
         plan("--speculative-config.method", "ngram")
+
+
+def test_flags_of_speculation_can_be_taken_out_in_every_spelling():
+    given = ["-sc", '{"method": "ngram"}', "--seed=-1", "--speculative_config.num_speculative_tokens", "2", "--a", "-2"]
+    assert ServerFlags(given).without("--speculative-config") == ["--seed=-1", "--a", "-2"]
+    assert ServerFlags(["--no-x", "--y", "1", "--x=2"]).without("--x") == ["--y", "1"]
+    assert ServerFlags(given).without("--b") == given
 
 
 def test_several_ranks_leave_the_cores_to_vllm():
