@@ -28,7 +28,7 @@ SHOWN_LINES = 30
 _PREFIX = re.compile(r"^(\(.*?pid=\d+\) *)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[\S+\] )?)?")
 _CAUSE = re.compile(r"(\b\w*(Error|Exception)\b|\berror): *\S")
 # Lines that only report that something else went wrong.
-_WRAPPERS = ("see root cause", "see stack trace", "failed core proc", "initialization failed due to")
+_WRAPPERS = ("see root cause", "see stack trace", "failed core proc", "initialization failed due to", "executor failed")
 _SILENT_END = "unexpectedly"  # what is left to say of an engine that was killed without a word
 
 
@@ -38,7 +38,7 @@ def failure_cause(lines: list[str], returncode: int | None) -> str:
     for line in reversed(lines):
         if _CAUSE.search(line) and not any(wrapper in line.lower() for wrapper in _WRAPPERS):
             return _PREFIX.sub("", line.strip())
-    for line in reversed(lines):
+    for line in lines:  # the first: the rest follows from it
         if _SILENT_END in line:
             return _PREFIX.sub("", line.strip())
     if returncode is None:

@@ -189,11 +189,13 @@ def test_the_cause_is_the_innermost_error_not_its_wrappers():
     ]
     assert failure_cause(lines, 1) == "ValueError: head is too small"
     assert failure_cause(["api_server.py: error: unrecognized arguments: --x"], 2).endswith("arguments: --x")
-    killed = "(APIServer pid=3) WARNING 11-21 22:10:00 [core_client.py:818] [shutdown] MPClient: engine core exited "
-    lines = [
-        killed + "unexpectedly; starting cleanup",
-        "EngineDeadError: EngineCore encountered an issue. See stack trace",
+    prefix = "(EngineCore pid=7) ERROR 11-21 22:10:00 [core.py:12]"
+    silent = [
+        f"{prefix} Worker proc VllmWorker-0 died unexpectedly (exit code: -9)",
+        f"{prefix} RuntimeError: Executor failed.",
+        f"{prefix} engine core exited unexpectedly; starting cleanup",
+        "EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
     ]
-    assert failure_cause(lines, 0) == "[shutdown] MPClient: engine core exited unexpectedly; starting cleanup"
+    assert failure_cause(silent, 0) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
     assert failure_cause(["INFO all is well"], None) == "still running"
     assert failure_cause([], 137) == "killed by signal 9 (out of memory?)"
