@@ -13,7 +13,7 @@ class ServerFlags:
         self.args = list(args)
         self._values: dict[str, str | None] = {}
         for i, arg in enumerate(args):
-            if not arg.startswith("-") or arg.lstrip("-")[:1].isdigit():
+            if not _is_flag(arg):
                 continue
             name, equals, text = arg.partition("=")
             following = args[i + 1] if i + 1 < len(args) else "--"
@@ -39,6 +39,19 @@ class ServerFlags:
             return int(float(number) * unit)
         except ValueError:
             return None
+
+    def without(self, *names: str) -> list[str]:
+        """The arguments less these flags, keys of them (``--name.key``) included, and their values."""
+        unwanted, kept, dropping = {canonical(name) for name in names}, [], False
+        for arg in self.args:
+            if _is_flag(arg):
+                dropping = canonical(arg.partition("=")[0]).partition(".")[0] in unwanted
+            kept += [] if dropping else [arg]
+        return kept
+
+
+def _is_flag(arg: str) -> bool:
+    return arg.startswith("-") and not arg.lstrip("-")[:1].isdigit()
 
 
 def canonical(name: str) -> str:

@@ -90,6 +90,10 @@ class ServeConfig:
     preset: str = "auto"  # auto: R1-Distill targets get their sampling, parser, template and length | none
     api_key_file: str | None = None  # a file that holds the key clients must send; None: VLLM_API_KEY, if set
     startup_timeout_sec: float = 900.0
+    health_timeout_sec: float = 120.0  # without a healthy answer; then the server is restarted
+    max_restarts: int = 10  # in a row, without some minutes of serving in between; 0: never restart
+    require_head: bool = False  # refuse to serve, rather than serve plain, when the head can't be used
+    drain_sec: int = 30  # for requests in flight after SIGTERM
 
 
 @dataclass(kw_only=True, slots=True)

@@ -60,13 +60,7 @@ class HeadManifest:
         Raises:
             ValueError: no such directory, no manifest in it, or one that can't be read.
         """
-        path = Path(directory) / MANIFEST_NAME
-        if not Path(directory).is_dir():
-            raise ValueError(
-                f"head directory {directory} does not exist; train one with `specdec train --out {directory}`"
-            )
-        if not path.is_file():
-            raise ValueError(f"{directory} holds no {MANIFEST_NAME}: not a head exported by `specdec train`")
+        path = manifest_path(directory)
         try:
             tree = json.loads(path.read_text())
             if not isinstance(tree, dict):
@@ -97,3 +91,17 @@ class HeadManifest:
                 f"this head was trained for another target ({self.target_name}): {'; '.join(differing)}. "
                 f"Serve it with --target {self.target_name}, or train a head for this target"
             )
+
+
+def manifest_path(directory: Path) -> Path:
+    """Where the manifest of the head in ``directory`` lies.
+
+    Raises:
+        ValueError: no such directory, or no head of ours in it.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    if not Path(directory).is_dir():
+        raise ValueError(f"head directory {directory} does not exist; train one with `specdec train --out {directory}`")
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {MANIFEST_NAME}: not a head exported by `specdec train`")
+    return path

@@ -26,6 +26,9 @@ USAGE = (
     "an arm is name=URL (and ,xargs.X=value), name=plain or name=key=value,... with "
     f"{', '.join(KEYS)}, serve.X, target.X, xargs.X or vllm.FLAG"
 )
+# A server that quietly came up plain, or again as another process, would be measured as what it is not; and nobody
+# waits for the answers of a measurement that was stopped. These win over an arm's own settings.
+MEASURED = ("serve.require_head=true", "serve.max_restarts=0", "serve.drain_sec=0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,8 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
     for key, value in options.items():
         if key.startswith(("serve.", "target.")):
             arguments += ["--set", f"{key}={value}"]
+    for setting in MEASURED:
+        arguments += ["--set", setting]
     speculates = bool({"head", "method"} & set(options))  # vLLM refuses the flag on a plain server
     flags = ["--per-request-spec-decode-metrics", "detailed"] if speculates else []
     if "quantization" in options:

@@ -1,4 +1,5 @@
-"""``specdec serve`` with real vLLM on the embedded target: plain, then with an untrained EAGLE-3 head.
+"""``specdec serve`` with real vLLM on the embedded target: plain, then with an untrained EAGLE-3 head. And what it does
+about a broken head and a killed engine, on a tiny target.
 
 An untrained head proposes nonsense, which the target rejects: enough to see that heads load, draft and verify.
 """
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,12 @@ import pytest
 from specdec.config import TargetConfig
 from specdec.manifest import HeadManifest
 from specdec.targets import Target, resolve_target
+from tests.tiny import save_tiny_target
 
 pytestmark = pytest.mark.vllm
 
 MAX_MODEL_LEN = 768
+TINY_OPTIONS = ("--set", "serve.max_model_len=256")
 START_SEC = 300.0
 SERVE = [sys.executable, "-m", "specdec", "serve"]
 DRAFT_VOCAB_SIZE = 256
@@ -40,11 +44,20 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def head_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_head(target, tmp_path_factory.mktemp("head"))
+
+
+@pytest.fixture(scope="module")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    pytest.importorskip("vllm", reason="needs vLLM")
+    return resolve_target(TargetConfig(name=str(save_tiny_target(tmp_path_factory.mktemp("tiny")))))
+
+
+def write_head(target: Target, directory: Path) -> Path:
     """An EAGLE-3 head with random weights for ``target``."""
     import torch
     from safetensors.torch import save_file
 
-    directory = tmp_path_factory.mktemp("head")
     config = target.config
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -62,7 +75,7 @@ def head_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "norm_before_fc": False,
         "fc_norm": False,
         "norm_output": False,
-        "eagle_aux_hidden_state_layer_ids": [2, num_layers // 2, num_layers - 3],
+        "eagle_aux_hidden_state_layer_ids": [1, num_layers // 2, num_layers - 1],
         "num_aux_hidden_states": 3,
     }
     (directory / "config.json").write_text(json.dumps(head_config))
@@ -78,7 +91,8 @@ def head_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
     tensors |= {f"{name}.weight": torch.ones(hidden) for name in norms}
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    tensors["d2t"] = torch.arange(DRAFT_VOCAB_SIZE) * (vocab // DRAFT_VOCAB_SIZE - 1)  # offsets, not ids
+    # Offsets, not ids: pairs of neighbours all over the vocabulary.
+    tensors["d2t"] = torch.arange(DRAFT_VOCAB_SIZE) // 2 * 2 * (vocab // DRAFT_VOCAB_SIZE - 1)
     save_file(tensors, directory / "model.safetensors")
     HeadManifest(
         head="eagle3",
@@ -104,36 +118,54 @@ def processes_of_session(session: int) -> list[str]:
 
 
 @contextmanager
+def started(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """The process and its first ready line; its log is ``stderr.log``."""
+    command = [*SERVE, "--set", "serve.port=0", "--set", f"serve.max_model_len={MAX_MODEL_LEN}"]
+    command += ["--set", "serve.enforce_eager=true", "--set", "serve.kv_cache_gib=1"]
+    command += ["--set", f"serve.startup_timeout_sec={START_SEC}", *options]
+    with (tmp_path / "stderr.log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            yield process, next_ready_line(process, tmp_path)
+        finally:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def next_ready_line(process: subprocess.Popen[str], tmp_path: Path) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, (tmp_path / "stderr.log").read_text()[-4000:]
+    return json.loads(line)
+
+
+def session_of(process: subprocess.Popen[str]) -> int:
+    """Of the server's processes: it bears the id of the first of them."""
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert any("VLLM::" in entry for entry in processes_of_session(int(child)))
+    return int(child)
+
+
+def assert_ends_cleanly(process: subprocess.Popen[str], session: int) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert process.stdout is not None
+    assert process.stdout.read() == "", "only ready lines belong on standard output"
+    deadline = time.monotonic() + 10
+    while left := processes_of_session(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@contextmanager
 def served(tmp_path: Path, *options: str) -> Iterator[dict[str, Any]]:
     """The ready line's facts; afterwards SIGTERM, and proof that the server is gone with all of its processes."""
-    command = [*SERVE, *options, "--set", "serve.port=0"]
-    command += ["--set", f"serve.max_model_len={MAX_MODEL_LEN}", "--set", "serve.enforce_eager=true"]
-    command += ["--set", "serve.kv_cache_gib=1", "--set", f"serve.startup_timeout_sec={START_SEC}"]
-    log = (tmp_path / "stderr.log").open("w+")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, (tmp_path / "stderr.log").read_text()[-4000:]
-        facts = json.loads(line)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        sessions = [int(child) for child in children]  # the server's session bears its first process's id
-        assert len(sessions) == 1
-        assert any("VLLM::" in entry for entry in processes_of_session(sessions[0]))
+    with started(tmp_path, *options) as (process, facts):
+        session = session_of(process)
         yield facts
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-        assert process.stdout.read() == "", "only the ready line belongs on standard output"
+        assert_ends_cleanly(process, session)
         assert "Traceback" not in (tmp_path / "stderr.log").read_text()
-        deadline = time.monotonic() + 10
-        while left := processes_of_session(sessions[0]):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
-    finally:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
 
 
 def complete(facts: dict[str, Any], path: str, **body: Any) -> dict[str, Any]:
@@ -172,3 +204,60 @@ def test_eagle3_head_drafts_and_leaves_nothing(target: Target, head_dir: Path, t
         num_drafts = metric(facts, "vllm:spec_decode_num_drafts_total")
         assert num_drafts > 0
         assert metric(facts, "vllm:spec_decode_num_draft_tokens_total") == num_drafts * NUM_SPECULATIVE_TOKENS
+
+
+def test_a_corrupt_head_is_served_plain_and_the_reason_is_said(tiny_target: Target, tmp_path: Path):
+    weights = write_head(tiny_target, tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    options = ("--target", tiny_target.name, "--head", str(tmp_path), *TINY_OPTIONS)
+    with served(tmp_path, *options) as facts:
+        assert (facts["mode"], facts["head"], facts["num_speculative_tokens"]) == ("plain", None, 0)
+        assert "model.safetensors is truncated" in facts["reason"]
+        check_chat(facts)
+
+
+def test_a_head_that_vllm_refuses_is_served_plain_and_the_reason_is_said(tiny_target: Target, tmp_path: Path):
+    """Nothing is wrong with its files that can be seen without vLLM: it asks for a method that there is none of."""
+    manifest = HeadManifest.load(write_head(tiny_target, tmp_path))
+    manifest.vllm_method = "telepathy"
+    manifest.save(tmp_path)
+    options = ("--target", tiny_target.name, "--head", str(tmp_path), *TINY_OPTIONS)
+    with started(tmp_path, *options) as (process, facts):
+        assert facts["mode"] == "plain"
+        assert facts["reason"].startswith("with speculation: vLLM did not start: ")
+        check_chat(facts)
+        assert_ends_cleanly(process, session_of(process))
+
+
+def engine_core(session: int) -> int:
+    (entry,) = [entry for entry in processes_of_session(session) if "VLLM::EngineCor" in entry]
+    return int(entry.split()[0])
+
+
+def test_an_engine_that_is_killed_under_load_serves_again_and_leaves_nothing(tiny_target: Target, tmp_path: Path):
+    options = ("--target", tiny_target.name, "--no-speculation", *TINY_OPTIONS)
+    with started(tmp_path, *options) as (process, facts):
+        url, answers = f"{facts['url']}/v1/completions", []
+        body = {"model": facts["model"], "prompt": [7] * 8, "max_tokens": 240, "ignore_eos": True, "n": 8}
+
+        def ask() -> None:
+            try:
+                answers.append(httpx.post(url, json=body, timeout=120, trust_env=False).status_code)
+            except httpx.HTTPError as error:
+                answers.append(error)
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        time.sleep(0.5)
+        first = session_of(process)
+        os.kill(engine_core(first), signal.SIGKILL)
+        for client in clients:
+            client.join()
+        assert len(answers) == len(clients) and set(answers) != {200}, answers
+        assert not [answer for answer in answers if isinstance(answer, int) and 200 < answer < 500], answers
+        again = next_ready_line(process, tmp_path)
+        assert again == facts
+        assert processes_of_session(first) == []
+        check_chat(again)
+        assert_ends_cleanly(process, session_of(process))

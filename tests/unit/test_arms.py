@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from specdec.config import RunConfig
+from specdec.config import RunConfig, ServeConfig, load_config
 from specdec.device import Device
 from specdec.evaluation import arms
 from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs, serve_arguments
@@ -70,7 +70,8 @@ def speculative(arguments: list[str]) -> dict:
 
 def test_each_arm_asks_for_its_own_server(head):
     plain = serve_arguments(ArmSpec(name="p"))
-    assert plain == ["--no-speculation"]  # vLLM refuses flags of speculation on a plain server
+    assert plain[0] == "--no-speculation"
+    assert "--" not in plain  # vLLM refuses flags of speculation on a plain server
     narrow = serve_arguments(ArmSpec(name="n", options={"head": str(head), "k": "2"}))
     assert narrow[:2] == ["--head", str(head)] and "serve.num_speculative_tokens=2" in narrow
     ngram = serve_arguments(ArmSpec(name="g", options={"method": "ngram", "k": "4"}))
@@ -86,6 +87,19 @@ def test_each_arm_asks_for_its_own_server(head):
     )
     assert "--trust-it" in own
     assert "--max-num-seqs=8" in own[own.index("--") :] and own[-2] != "--" and "fp8" in own
+
+
+def settings(arguments: list[str]) -> ServeConfig:
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return load_config(None, [own[i + 1] for i, word in enumerate(own) if word == "--set"]).serve
+
+
+def test_a_measured_server_neither_degrades_nor_restarts_whatever_the_arm_says(head):
+    options = {"head": str(head), "serve.require_head": "false", "serve.max_restarts": "3", "serve.max_num_seqs": "2"}
+    for spec in (ArmSpec(name="plain"), ArmSpec(name="spec", options=options)):
+        chosen = settings(serve_arguments(spec))
+        assert (chosen.require_head, chosen.max_restarts, chosen.drain_sec) == (True, 0, 0)
+    assert chosen.max_num_seqs == 2
 
 
 def test_free_ports_differ():

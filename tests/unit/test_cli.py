@@ -75,7 +75,8 @@ def test_a_missing_trace_file_is_named(target, tmp_path):
 def test_a_head_of_another_target_is_refused_before_anything_starts(target, foreign_head, tmp_path, command):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "hi"}) + "\n")
-    rest = ["--prompts", prompts, "--out", tmp_path / "out"] if command == "eval" else []
+    strict = ["--set", "serve.require_head=true"]
+    rest = ["--prompts", prompts, "--out", tmp_path / "out"] if command == "eval" else strict
     done = specdec(command, "--target", target, "--head", foreign_head, *rest)
     assert_user_error(done, "trained for another target (big)", "hidden_size 4096 != 64")
 

@@ -211,7 +211,7 @@ def test_a_key_from_a_file_reaches_vllm_and_is_never_shown(tmp_path):
 
 def test_serve_says_what_the_plan_warns_about(monkeypatch, caplog):
     monkeypatch.setattr("serving.serve.resolve_target", lambda config: TARGET)
-    monkeypatch.setattr("serving.serve.run_server", lambda *arguments: 0)
+    monkeypatch.setattr("serving.serve.supervise", lambda *arguments: 0)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     config = RunConfig(serve=ServeConfig(host="0.0.0.0", port=8000, speculation=False))
     assert serve(config, None, ["--kv-cache-dtype", "fp8"]) == 0
@@ -219,6 +219,13 @@ def test_serve_says_what_the_plan_warns_about(monkeypatch, caplog):
     assert "without an API key" in caplog.text and "KV cache" in caplog.text
     caplog.clear()
     assert serve(config, None, ["--api-key", "s3cret"]) == 0 and caplog.records == []
+
+
+def test_flags_of_speculation_can_be_taken_out_in_every_spelling():
+    given = ["-sc", '{"method": "ngram"}', "--seed=-1", "--speculative_config.num_speculative_tokens", "2", "--a", "-2"]
+    assert ServerFlags(given).without("--speculative-config") == ["--seed=-1", "--a", "-2"]
+    assert ServerFlags(["--no-x", "--y", "1", "--x=2"]).without("--x") == ["--y", "1"]
+    assert ServerFlags(given).without("--b") == given
 
 
 def test_several_ranks_leave_the_cores_to_vllm():

@@ -51,11 +51,14 @@ DRIVER = """
 import json, pathlib, sys
 from serving import process, serve
 from serving.launch import ServerPlan
+from serving.supervisor import supervise
+from specdec.config import ServeConfig
 process.GRACE_SEC = 1.0
 plan = ServerPlan(**json.loads(sys.argv[1]))
 log = pathlib.Path(sys.argv[3]) if len(sys.argv) > 3 else None
 try:
-    sys.exit(process.run_server(plan, float(sys.argv[2]), lambda: serve.announce(plan), log))
+    settings = ServeConfig(startup_timeout_sec=float(sys.argv[2]), max_restarts=0, drain_sec=0)
+    sys.exit(supervise(plan, None, settings, serve.announce, None, log))
 except ValueError as error:
     sys.exit(f"error: {error}")
 """
@@ -163,6 +166,7 @@ def test_an_engine_that_dies_later_ends_with_1_and_its_reason(tmp_path: Path):
     code, _, err = fake.end()
     assert code == 1
     assert "vLLM ended: RuntimeError: engine died" in err
+    assert "giving up" in err
     fake.assert_nothing_left()
 
 
@@ -185,4 +189,13 @@ def test_the_cause_is_the_innermost_error_not_its_wrappers():
     ]
     assert failure_cause(lines, 1) == "ValueError: head is too small"
     assert failure_cause(["api_server.py: error: unrecognized arguments: --x"], 2).endswith("arguments: --x")
+    prefix = "(EngineCore pid=7) ERROR 11-21 22:10:00 [core.py:12]"
+    silent = [
+        f"{prefix} Worker proc VllmWorker-0 died unexpectedly (exit code: -9)",
+        f"{prefix} RuntimeError: Executor failed.",
+        f"{prefix} engine core exited unexpectedly; starting cleanup",
+        "EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    ]
+    assert failure_cause(silent, 0) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+    assert failure_cause(["INFO all is well"], None) == "still running"
     assert failure_cause([], 137) == "killed by signal 9 (out of memory?)"
