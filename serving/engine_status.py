@@ -1,4 +1,4 @@
-"""The engine's status and policy as the HTTP side sees them: asked for over vLLM's own client, never waited for long."""
+"""The engine's status and policy as the HTTP side sees them: asked for through vLLM's own client, with an end."""
 
 from __future__ import annotations
 

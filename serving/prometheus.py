@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ FRESH_SEC = 1.0  # scrapes that are closer together share an answer
 SCRAPE_WAIT_SEC = 2.0  # well within Prometheus' own limit of 10 s a scrape
 
 Status = Mapping[str, Any]
-Samples = Mapping[str, Any]  # label value -> number; "" where a metric has no label
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +39,18 @@ class Figure:
         """The metric with its samples; what is null or not a number has none."""
         kind = CounterMetricFamily if self.counter else GaugeMetricFamily
         family = kind(f"specdec:{self.name}", self.help, labels=[self.label] if self.label else [])
-        for value, number in _samples(self.read(status)).items():
+        for labels, number in self._samples(status):
             if isinstance(number, int | float) and math.isfinite(number):
-                family.add_metric([value] if self.label else [], float(number))
+                family.add_metric(labels, float(number))
         return family
 
-
-def _samples(read: Any) -> Samples:
-    if isinstance(read, Mapping):
-        return read
-    if isinstance(read, list):
-        return {str(i): number for i, number in enumerate(read)}
-    return {"": read}
+    def _samples(self, status: Status) -> Iterable[tuple[list[str], Any]]:
+        read = self.read(status)
+        if self.label is None:
+            return [([], read)]
+        if isinstance(read, list):
+            return [([str(i)], number) for i, number in enumerate(read)]
+        return [([value], number) for value, number in read.items()] if isinstance(read, Mapping) else []
 
 
 def _at(*keys: str) -> Callable[[Status], Any]:
@@ -64,9 +63,10 @@ def _at(*keys: str) -> Callable[[Status], Any]:
     return read
 
 
-def _by_span(key: str) -> Callable[[Status], Samples]:
-    def read(status: Status) -> Samples:
-        return {span: _at("by_span", span, key)(status) for span in status.get("by_span") or ()}
+def _by_span(key: str) -> Callable[[Status], dict[str, Any]]:
+    def read(status: Status) -> dict[str, Any]:
+        spans = status.get("by_span")
+        return {span: _at(span, key)(spans) for span in spans} if isinstance(spans, Mapping) else {}
 
     return read
 
