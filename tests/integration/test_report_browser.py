@@ -49,8 +49,8 @@ def found(tmp_path_factory):
         f'<iframe name="{n}" src="{n}" width="{width}" height="900"></iframe>' for n, width in WIDTHS.items()
     )
     (folder / "harness.html").write_text(HARNESS.format(frames=frames), encoding="utf-8")
-    flags = ("--allow-file-access-from-files", "--window-size=1600,3000")
-    return found_by((folder / "harness.html").as_uri(), folder, flags)
+    flags = ["--allow-file-access-from-files", "--window-size=1600,3000"]
+    return found_by((folder / "harness.html").as_uri(), folder, *flags)
 
 
 @pytest.mark.parametrize(("name", "num_images"), [("report.html", 13), ("phone.html", 13), ("comparison.html", 2)])
