@@ -17,6 +17,7 @@ from serving.sockets import free_port
 from tests.browser import Page, live_page
 from tests.fake_engine import FakeEngineClient, make_app, make_status, plain_status
 
+CHARTS = ("goodput", "tau", "k", "positions", "histogram", "spans")
 HOSTILE = '<img src=x onerror="document.title=\'pwned\'"><script>document.title="pwned"</script>'
 
 
@@ -70,9 +71,6 @@ def test_page_shows_what_the_engine_says_and_follows_it(tmp_path):
         server.client.answer |= {"num_speculative_tokens": 1, "mode": "plain", "alarm": "drift"}
         page.until("document.querySelector('#k').innerText === '1'")
         assert page.text("#mode") == "Plain decode" and "drifted" in page.text("#alarm")
-
-
-CHARTS = ("goodput", "tau", "k", "positions", "histogram", "spans")
 
 
 def test_page_takes_nothing_from_elsewhere_and_fits(tmp_path):
