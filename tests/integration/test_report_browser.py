@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import json
-import os
-import re
-import shutil
-import subprocess
-
 import pytest
 
 from specdec.evaluation.compare import render_comparison
 from specdec.evaluation.report import render_report
+from tests.browser import found_by
 from tests.result_extras import rich_result
 from tests.result_tree import make_result
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = {"report.html": 1200, "phone.html": 390, "comparison.html": 1500}
 
 # The pages run no script, so a page around them looks inside and writes down what it finds.
@@ -43,8 +36,6 @@ addEventListener("load", () => {{
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What the browser saw, by page."""
-    if BROWSER is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
     folder = tmp_path_factory.mktemp("pages")
     rich = render_report(rich_result())
     pages = {
@@ -58,21 +49,8 @@ def found(tmp_path_factory):
         f'<iframe name="{n}" src="{n}" width="{width}" height="900"></iframe>' for n, width in WIDTHS.items()
     )
     (folder / "harness.html").write_text(HARNESS.format(frames=frames), encoding="utf-8")
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom",
-        f"--user-data-dir={folder / 'profile'}", "--disable-background-networking", "--virtual-time-budget=10000",
-        "--window-size=1600,3000", (folder / "harness.html").as_uri(),
-    ]  # fmt: skip
-    # A bad proxy: what tried to reach out would fail, even where there is a network.
-    environment = os.environ | {
-        "HOME": str(folder),
-        "http_proxy": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-    }
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment).stdout
-    written = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert written and written[1], dom[:2000]
-    return json.loads(html.unescape(written[1]))
+    flags = ["--allow-file-access-from-files", "--window-size=1600,3000"]
+    return found_by((folder / "harness.html").as_uri(), folder, *flags)
 
 
 @pytest.mark.parametrize(("name", "num_images"), [("report.html", 13), ("phone.html", 13), ("comparison.html", 2)])
