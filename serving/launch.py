@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from specdec.targets import Target
 
 # The server's entry point as `vllm serve` runs it, without importing the other subcommands first.
 ENTRY_MODULE = "vllm.entrypoints.openai.api_server"
+
+# Plugins that vLLM loads unasked. Endpoints are not among them: whose shall be served is the user's choice.
+PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 
 SCHEDULER = "serving.scheduler.make_scheduler"
 
@@ -101,7 +105,7 @@ def plan_server(
         flags.add("--enforce-eager")
     for flag, value in preset_flags(target, serve, device, user).items():
         flags.add(flag, value)
-    env = _environment(serve, device, user, environ) | key_environment(serve, user)
+    env = _environment(serve, device, user, environ) | key_environment(serve, user) | _plugins(environ)
     warnings = (open_server_warning(host, user, {**environ, **env}), quantized_cache_warning(user))
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
@@ -255,6 +259,16 @@ def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ:
     if env and serve.threads_bind == "auto" and (user.get_int("--tensor-parallel-size") or 1) > 1:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "auto"  # several ranks share the cores by NUMA node, as vLLM deals them
     return env
+
+
+def _plugins(environ: Mapping[str, str]) -> dict[str, str]:
+    """Ours load only where ``VLLM_PLUGINS`` names them, and then no plugin loads that it does not name."""
+    given = environ.get("VLLM_PLUGINS")
+    if given is None:
+        names = [entry.name for group in PLUGIN_GROUPS for entry in entry_points(group=group)]
+    else:
+        names = [name for name in given.split(",") if name]
+    return {"VLLM_PLUGINS": ",".join(dict.fromkeys([*names, "specdec"]))}
 
 
 def _client_host(host: str) -> str:

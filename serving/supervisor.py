@@ -21,6 +21,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Protocol
 
+from serving.engine_status import FACTS_VARIABLE
 from serving.launch import ServerPlan
 from serving.process import RunningServer, stop_signals
 from serving.sockets import check_port_free
@@ -28,7 +29,6 @@ from specdec.config import ServeConfig
 
 logger = logging.getLogger(__name__)
 
-STATUS_VARIABLE = "SPECDEC_STATUS"  # JSON for the server's status page: what only its launcher knows
 POLL_SEC = 0.2
 HEALTH_EVERY_SEC = 10.0
 STABLE_SEC = 600.0  # of serving, after which earlier failures are forgotten
@@ -135,7 +135,7 @@ class Supervisor:
         if self._num_stops:
             self.state = State.ENDED
         elif self.now() >= self._since_sec:
-            status = {STATUS_VARIABLE: json.dumps(self.status())}
+            status = {FACTS_VARIABLE: json.dumps(self.status())}
             self._server = self.spawn(dataclasses.replace(self.plan, env={**self.plan.env, **status}))
             self._enter(State.STARTING, PROGRESS_SEC)
 

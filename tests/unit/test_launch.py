@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_cuda_plan_leaves_dtype_length_and_environment_to_vllm():
     assert "--dtype" not in planned.argv
     assert "--no-enable-chunked-prefill" not in planned.argv
     assert flag(planned, "--max-model-len") == "auto"
-    assert (planned.env, planned.dtype) == ({}, "bfloat16")
+    assert (set(planned.env), planned.dtype) == ({"VLLM_PLUGINS"}, "bfloat16")
     assert flag(plan(device=CUDA, dtype="float16"), "--dtype") == "float16"
 
 
@@ -250,6 +251,15 @@ def test_a_port_in_use_is_refused_before_anything_starts():
 def test_serve_asks_for_a_head_before_it_fetches_a_target():
     with pytest.raises(ValueError, match=r"--head DIR, or --no-speculation"):
         serve(RunConfig(target=TargetConfig(name="nobody/has-this")), None, [])
+
+
+def test_our_endpoints_load_and_no_plugin_is_lost():
+    everything = plan().env["VLLM_PLUGINS"].split(",")
+    assert "specdec" in everything and len(set(everything)) == len(everything)
+    general = {entry.name for entry in entry_points(group="vllm.general_plugins")}
+    assert general <= set(everything)
+    assert plan(environ={"VLLM_PLUGINS": "theirs"}).env["VLLM_PLUGINS"] == "theirs,specdec"
+    assert plan(environ={"VLLM_PLUGINS": ""}).env["VLLM_PLUGINS"] == "specdec"
 
 
 def test_a_policy_brings_its_scheduler_and_what_training_measured():

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
+from serving.engine_status import FACTS_VARIABLE
 from serving.launch import ServerPlan
-from serving.supervisor import HEALTH_EVERY_SEC, POLL_SEC, STABLE_SEC, STATUS_VARIABLE, State, Supervisor
+from serving.supervisor import HEALTH_EVERY_SEC, POLL_SEC, STABLE_SEC, State, Supervisor
 from specdec.config import ServeConfig
 
 
@@ -47,7 +48,7 @@ class FakeServer:
 
     @property
     def status(self) -> dict:
-        return json.loads(self.plan.env[STATUS_VARIABLE])
+        return json.loads(self.plan.env[FACTS_VARIABLE])
 
 
 class World:
