@@ -92,13 +92,13 @@ def plan_server(
         flags.add(flag, value)
     if dtype != "auto":
         flags.add("--dtype", dtype)
-    _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), num_draft_tokens)
+    _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), _step_tokens(speculative))
     if serve.enforce_eager:
         flags.add("--enforce-eager")
     env = _environment(serve, device, user, environ)
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
-        env |= _add_policy(flags, serve, manifest)
+        env |= _add_policy(flags, serve, manifest, speculative)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
         env=env,
@@ -142,6 +142,7 @@ def _speculative_config(
         "method": manifest.vllm_method,
         "model": str(Path(head_dir).resolve()),
         "num_speculative_tokens": num_draft_tokens,
+        **manifest.vllm_speculative,
     }
 
 
@@ -189,8 +190,17 @@ def _kv_bytes_per_token(target: Target, dtype: str) -> int:
     return 2 * num_layers * int(config.get("num_key_value_heads") or num_heads) * head_dim * DTYPE_BYTES.get(dtype, 4)
 
 
+def _step_tokens(speculative: dict[str, Any] | None) -> int:
+    """Tokens that one running request takes of a step's budget."""
+    if not speculative:
+        return 1
+    num_draft_tokens = int(speculative["num_speculative_tokens"])
+    # Parallel drafting adds a slot for each mask, K - 1, to what verification takes.
+    return num_draft_tokens + 1 + (max(0, num_draft_tokens - 1) if speculative.get("parallel_drafting") else 0)
+
+
 def _add_limits(
-    flags: _Flags, serve: ServeConfig, device: Device, max_model_len: int | str | None, num_draft_tokens: int
+    flags: _Flags, serve: ServeConfig, device: Device, max_model_len: int | str | None, step_tokens: int
 ) -> None:
     flags.add("--max-num-seqs", serve.max_num_seqs)
     if max_model_len is not None:
@@ -204,14 +214,22 @@ def _add_limits(
     flags.add("--no-enable-chunked-prefill")
     max_num_seqs = flags.user.get_int("--max-num-seqs") or serve.max_num_seqs
     if isinstance(max_model_len, int):
-        flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
+        flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * step_tokens)
 
 
-def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None) -> dict[str, str]:
+def _add_policy(
+    flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None, speculative: dict[str, Any]
+) -> dict[str, str]:
     """The scheduler that asks the policy for K, and what the policy starts from."""
     if serve.policy is None:
         return {}
     parse_policy(serve.policy)
+    if speculative.get("method") == "medusa" or speculative.get("parallel_drafting"):
+        # vLLM 0.32's proposers fail on another K than they were started with, and the engine with them.
+        raise ValueError(
+            "this head drafts all its tokens at once, and vLLM cannot change their number while it serves: "
+            "leave out --policy, or set serve.num_speculative_tokens"
+        )
     flags.add("--scheduler-cls", SCHEDULER)
     rates = (manifest.acceptance.get("conditional_rates") if manifest else None) or []
     return {POLICY_VARIABLE: json.dumps({"policy": serve.policy, "conditional_rates": rates})}

@@ -171,3 +171,22 @@ def test_a_policy_brings_its_scheduler_and_what_training_measured():
     assert json.loads(chosen.env["SPECDEC_POLICY"])["policy"] == "auto"
     with pytest.raises(ValueError, match="auto, off or fixed:K"):
         plan(policy="sometimes")
+
+
+def test_a_head_s_own_keys_reach_vllm_and_its_masks_are_given_room():
+    head = manifest()
+    head.vllm_speculative = {"parallel_drafting": True}
+    arguments = (TARGET, ServeConfig(), TargetConfig(name="tiny"), CPU, Path("/heads/a"), head, [])
+    planned = plan_server(*arguments, environ={})
+    assert json.loads(flag(planned, "--speculative-config"))["parallel_drafting"] is True
+    # Beside the verified tokens, 3 drafts and 1 more, a step holds 2 masks.
+    assert int(flag(planned, "--max-num-batched-tokens")) == launch.CPU_DEFAULT_MODEL_LEN + 16 * 6
+
+
+@pytest.mark.parametrize(("method", "keys"), [("medusa", {}), ("eagle3", {"parallel_drafting": True})])
+def test_a_head_whose_k_vllm_cannot_change_is_refused_a_policy(method, keys):
+    head = manifest()
+    head.vllm_method, head.vllm_speculative = method, keys
+    serve_config = ServeConfig(policy="auto")
+    with pytest.raises(ValueError, match="leave out --policy"):
+        plan_server(TARGET, serve_config, TargetConfig(name="tiny"), CPU, Path("/heads/a"), head, [], environ={})
