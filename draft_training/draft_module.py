@@ -68,12 +68,12 @@ class DraftModule(nn.Module):
         for j, (states_BQH, weight_VH) in enumerate(outputs):
             seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
             reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
-            probs = probs_PV[rank_BT.gather(1, seen_BQ)[reached_BQ]]
-            weights = probs.new_full((len(probs),), step_decay**j / max(len(probs), 1))
-            step_loss, best = SoftCrossEntropy.apply(states_BQH[reached_BQ], weight_VH, probs, weights)
+            ranks = rank_BT.gather(1, seen_BQ)[reached_BQ]
+            weights = probs_PV.new_full((len(ranks),), step_decay**j / max(len(ranks), 1))
+            step_loss, best = SoftCrossEntropy.apply(states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights)
             loss = loss + step_loss
             wanted = batch.argmax_BT.gather(1, seen_BQ)[reached_BQ]
-            num_targets.append(len(probs))
+            num_targets.append(len(ranks))
             num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
         return LossOutput(loss=loss, num_targets=num_targets, num_correct=num_correct)
 

@@ -22,19 +22,22 @@ def chunk_rows(vocab_size: int) -> int:
 class SoftCrossEntropy(torch.autograd.Function):
     """``sum_n w_n * (S_n * logsumexp(z_n) - p_n . z_n)`` with ``z = hidden @ weight.T`` and ``S = sum_v p``.
 
-    ``p`` holds the target's *full-vocabulary* probabilities at the draft tokens, not renormalised: what lies
-    outside the draft vocabulary pulls no weight. Returns (loss, argmax ids [N]).
+    ``p_n``, row ``ranks[n]`` of ``probs``, holds the target's *full-vocabulary* probabilities at the draft tokens, not
+    renormalised: what lies outside the draft vocabulary pulls no weight. Returns (loss, argmax ids [N]).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, probs_NV: Tensor, weights_N: Tensor) -> Any:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, probs_PV: Tensor, ranks_N: Tensor, weights_N: Tensor
+    ) -> Any:
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         best, grad_hidden = [], []
         grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         rows = chunk_rows(len(weight_VH))
-        for hidden_nH, probs_nV, weights_n in zip(
-            hidden_NH.split(rows), probs_NV.split(rows), weights_N.split(rows), strict=True
+        for hidden_nH, ranks_n, weights_n in zip(
+            hidden_NH.split(rows), ranks_N.split(rows), weights_N.split(rows), strict=True
         ):
+            probs_nV = probs_PV[ranks_n]
             logits_nV = (hidden_nH @ weight_VH.T).float()
             best.append(logits_nV.argmax(-1))
             mass_n = probs_nV.sum(-1)
@@ -55,4 +58,4 @@ class SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_best: Any) -> Any:
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
         scaled = None if grad_weight_VH is None else grad_weight_VH * grad_loss
-        return grad_hidden_NH * grad_loss, scaled, None, None
+        return grad_hidden_NH * grad_loss, scaled, None, None, None

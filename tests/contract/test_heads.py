@@ -128,8 +128,11 @@ def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
             probs = (batch.final_hidden_BTH[b, t + 1] @ teacher.T - batch.logsumexp_BT[b, t + 1]).exp()
             terms.append(-(probs * (weight @ states[b, q]).log_softmax(-1)).sum())
     torch.stack(terms).mean().backward()
-    for name, gradient in fused.items():
-        torch.testing.assert_close(gradient, dict(head.named_parameters())[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+    for name, parameter in head.named_parameters():
+        if parameter.grad is None:  # a part that later positions alone use
+            assert name not in fused or not fused[name].any(), name
+        else:
+            torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(spec, target, rows):
