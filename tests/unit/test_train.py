@@ -62,6 +62,7 @@ def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
     [
         ("medusa", "medusa", ["head.options.draft_vocab_size=64"]),
         ("eagle", "eagle", ["head.options.feature_loss_weight=0.1"]),
+        ("peagle", "eagle3", ["head.options.draft_vocab_size=64"]),
         ("eagle3", "eagle3", ["head.options.draft_vocab_size=64"]),
     ],
 )
@@ -120,7 +121,7 @@ def test_another_configuration_is_refused_and_loses_nothing(workspace, tmp_path)
 
 
 def test_unknown_head_and_option_are_named(workspace, tmp_path):
-    with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle, eagle3, medusa"):
+    with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle, eagle3, medusa, peagle"):
         train(config_for(workspace, "head.name=eagle9"), workspace / "traces.jsonl", tmp_path)
     with pytest.raises(ValueError, match=r"did you mean head\.options\.norm_output"):
         train(config_for(workspace, "head.options.norm_outputs=true"), workspace / "traces.jsonl", tmp_path)
