@@ -89,7 +89,8 @@ class TargetModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        aux = torch.stack([taps[k] for k in aux_layer_ids], dim=2)
+        # A head that taps no layer stores nothing for it: A = 0.
+        aux = torch.stack([taps[k] for k in aux_layer_ids], dim=2) if aux_layer_ids else final[:, :, None][:, :, :0]
         return [self._row(aux[i, :length], final[i, :length]) for i, length in enumerate(lengths)]
 
     def _row(self, aux: Tensor, final: Tensor) -> RowFeatures:

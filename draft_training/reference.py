@@ -29,7 +29,7 @@ def greedy_decode(target: TargetModel, prompt_ids: list[int], max_new_tokens: in
     """Plain decode: the argmax of the target, one forward a token."""
     ids = list(prompt_ids)
     for _ in range(max_new_tokens):
-        ids.append(int(target.forward_rows([ids], [1])[0].argmax[-1]))
+        ids.append(int(target.forward_rows([ids], [])[0].argmax[-1]))
     return ids[len(prompt_ids) :]
 
 
@@ -41,7 +41,7 @@ def speculative_decode(target: TargetModel, head: DraftHead, prompt_ids: list[in
     features = target.forward_rows([ids], head.aux_layer_ids)[0]
     ids.append(int(features.argmax[-1]))
     while len(ids) - len(prompt_ids) < max_new_tokens:
-        drafts = head.propose(features.aux_hidden.float(), torch.tensor(ids))
+        drafts = head.propose(features.aux_hidden.float(), features.final_hidden.float(), torch.tensor(ids))
         verified = target.forward_rows([ids + drafts], head.aux_layer_ids)[0]
         choices = verified.argmax[len(ids) - 1 :].tolist()  # the target's token after ids, after ids + 1 draft, ...
         num_accepted = 0

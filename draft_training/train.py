@@ -121,7 +121,7 @@ def _train_rows(
         store.fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
     feature_sec = time.monotonic() - started
     vocab_size = int(target.config["vocab_size"])
-    draft_ids = choose_draft_tokens(splits["train"], vocab_size, options.draft_vocab_size)
+    draft_ids = choose_draft_tokens(splits["train"], vocab_size, spec.draft_vocab_size(options, vocab_size))
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
     head.to(target_model.device)
     trainer = Trainer(
@@ -146,6 +146,7 @@ def _train_rows(
     manifest = HeadManifest(
         head=spec.name,
         vllm_method=spec.vllm_method,
+        vllm_speculative=spec.vllm_speculative,
         num_speculative_tokens=config.head.num_speculative_tokens,
         target_name=target.name,
         target=target.fingerprint(),

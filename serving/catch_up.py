@@ -37,6 +37,8 @@ class CatchUp:
     def __init__(self, drafter: Any, input_batch: Any) -> None:
         self.propose, self.input_batch = drafter.propose, input_batch
         self.max_num_tokens, self.drafter = drafter.max_num_tokens, drafter
+        # A parallel drafter's buffers are laid out for its full width: it drafts all, the first ones stay.
+        self.fixed_width = drafter.num_speculative_tokens if drafter.parallel_drafting else None
         self.waiting: list[Inputs] = []
 
     def __call__(
@@ -65,8 +67,8 @@ class CatchUp:
             # A step after one at K = 0 verifies nothing, so its inputs are as plain as those that wait.
             if not verified_drafts and metadata.batch_size() == len(self.input_batch.req_ids):
                 inputs, metadata = self._merge(waiting, inputs, metadata)
-        return self.propose(
-            num_speculative_tokens=num_speculative_tokens,
+        drafts = self.propose(
+            num_speculative_tokens=num_speculative_tokens if self.fixed_width is None else self.fixed_width,
             target_token_ids=inputs[0],
             target_positions=inputs[1],
             target_hidden_states=inputs[2],
@@ -75,6 +77,7 @@ class CatchUp:
             common_attn_metadata=metadata,
             **kwargs,
         )
+        return drafts if self.fixed_width is None else drafts[:, :num_speculative_tokens]
 
     def _has_room(self, metadata: Any) -> bool:
         held = sum(len(inputs.rows) for inputs in self.waiting)

@@ -100,7 +100,7 @@ def plan_server(
         flags.add(flag, value)
     if dtype != "auto":
         flags.add("--dtype", dtype)
-    _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), num_draft_tokens)
+    _add_limits(flags, serve, device, _max_model_len(target, serve, device, dtype, user), _step_tokens(speculative))
     if serve.enforce_eager:
         flags.add("--enforce-eager")
     for flag, value in preset_flags(target, serve, device, user).items():
@@ -155,6 +155,7 @@ def _speculative_config(
         "method": manifest.vllm_method,
         "model": str(Path(head_dir).resolve()),
         "num_speculative_tokens": num_draft_tokens,
+        **manifest.vllm_speculative,
     }
 
 
@@ -202,8 +203,17 @@ def _kv_bytes_per_token(target: Target, dtype: str) -> int:
     return 2 * num_layers * int(config.get("num_key_value_heads") or num_heads) * head_dim * DTYPE_BYTES.get(dtype, 4)
 
 
+def _step_tokens(speculative: dict[str, Any] | None) -> int:
+    """Tokens that one running request takes of a step's budget."""
+    if not speculative:
+        return 1
+    num_draft_tokens = int(speculative["num_speculative_tokens"])
+    # Parallel drafting adds a slot for each mask, K - 1, to what verification takes.
+    return num_draft_tokens + 1 + (max(0, num_draft_tokens - 1) if speculative.get("parallel_drafting") else 0)
+
+
 def _add_limits(
-    flags: _Flags, serve: ServeConfig, device: Device, max_model_len: int | str | None, num_draft_tokens: int
+    flags: _Flags, serve: ServeConfig, device: Device, max_model_len: int | str | None, step_tokens: int
 ) -> None:
     flags.add("--max-num-seqs", serve.max_num_seqs)
     if max_model_len is not None:
@@ -217,7 +227,7 @@ def _add_limits(
     flags.add("--no-enable-chunked-prefill")
     max_num_seqs = flags.user.get_int("--max-num-seqs") or serve.max_num_seqs
     if isinstance(max_model_len, int):
-        flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * (num_draft_tokens + 1))
+        flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * step_tokens)
 
 
 def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None, target: Target) -> dict[str, str]:

@@ -88,7 +88,9 @@ def train(
     out: Out,
     target: Target = None,
     traces: Annotated[Path | None, typer.Option(help="Trace file (JSONL) or a `specdec prepare` directory.")] = None,
-    head: Annotated[str | None, typer.Option("--head", help="Draft architecture, e.g. eagle3.")] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Draft architecture: eagle3, peagle, eagle or medusa.")
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:

@@ -38,6 +38,7 @@ class HeadManifest:
     target_name: str
     target: TargetFingerprint
     draft_vocab_size: int
+    vllm_speculative: dict[str, Any] = field(default_factory=dict)  # further keys of --speculative-config
     acceptance: dict[str, Any] = field(default_factory=dict)  # held-out, served-like: counts and rates
     acceptance_by_prompt: dict[str, list[int]] = field(default_factory=dict)  # prompt hash -> accepted count per draft
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -7,8 +7,8 @@ The trainer, selection and the reference decoder know the ``DraftHead`` protocol
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,20 +20,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class FeatureBatch:
-    """A right-padded batch of rows with the target's features. B rows, T tokens, Q anchors, H width, A aux layers.
+class DraftInputs:
+    """What a head may read when it drafts. B rows, T tokens, Q anchors, H width, A aux layers.
 
     Index t holds token t and what the target computed on reading it: its distribution there is over token t + 1.
     An anchor t is where the server could draft: token t + 1 is known, token t + 2 is the first to be drafted.
     """
 
-    input_ids_BT: Tensor  # int64
+    input_ids_BT: Tensor  # int64; one longer than the features when the last token has not been read yet
+    anchors_BQ: Tensor  # int64 indices t, ascending; padding repeats index 0
+    aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending; A = 0: the head taps none
+    final_hidden_BTH: Tensor  # after the target's final norm
+
+
+@dataclass(kw_only=True, slots=True)
+class FeatureBatch(DraftInputs):
+    """A right-padded batch of rows with the target's features, and what it learns from."""
+
     loss_mask_BT: Tensor  # bool, True on completion tokens
     lengths_B: Tensor  # int64
-    anchors_BQ: Tensor  # int64 indices t, ascending; padding repeats index 0
     anchor_mask_BQ: Tensor  # bool
-    aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending
-    final_hidden_BTH: Tensor  # after the target's final norm
     logsumexp_BT: Tensor  # float32, over the full vocabulary
     argmax_BT: Tensor  # int64, the target's greedy choice for token t + 1
 
@@ -53,8 +59,17 @@ class DraftHead(Protocol):
     aux_layer_ids: list[int]
     num_speculative_tokens: int
     draft_vocab_size: int
+    draft_token_ids: Tensor  # target ids that it may draft, ascending
 
     def parameters(self) -> Any: ...
+
+    def outputs(self, inputs: DraftInputs, own_drafts: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each draft position in turn: states [B, Q, H] and the matrix [V, H] that makes them draft logits.
+
+        Position j reads the row's own tokens up to t + 1 + j (past the end: the last one), or with ``own_drafts``
+        what the head drafted before.
+        """
+        ...
 
     def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
         """Training loss of all draft positions."""
@@ -65,7 +80,7 @@ class DraftHead(Protocol):
         given the row's own tokens up to t + 1 + j (exact wherever the earlier drafts were accepted)."""
         ...
 
-    def propose(self, aux_hidden_TAH: Tensor, input_ids: Tensor) -> list[int]:
+    def propose(self, aux_hidden_TAH: Tensor, final_hidden_TH: Tensor, input_ids: Tensor) -> list[int]:
         """Draft K tokens after ``input_ids`` [T + 1] from the features of its first T tokens, on the head's own
         drafts: the way the server does it."""
         ...
@@ -88,16 +103,36 @@ class HeadSpec:
     paper: str
     options_cls: type  # keyword-only dataclass: this head's knobs
     builder: str  # "module:function"
+    vllm_speculative: dict[str, Any] = field(default_factory=dict)  # further keys of --speculative-config
 
     def aux_layer_ids(self, options: Any, num_hidden_layers: int) -> list[int]:
         """The target layers to tap, ascending; id k is the residual stream after k layers."""
         return options.resolve_aux_layer_ids(num_hidden_layers)
+
+    def draft_vocab_size(self, options: Any, vocab_size: int) -> int:
+        """How many of the target's tokens the head may draft."""
+        return options.resolve_draft_vocab_size(vocab_size)
 
     def build(self, target: TargetModel, draft_token_ids: Tensor, options: Any, num_speculative_tokens: int) -> Any:
         """A new head for ``target``; ``draft_token_ids`` are the target ids it may draft, ascending."""
         module, _, function = self.builder.partition(":")
         build: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return build(target, draft_token_ids, options, num_speculative_tokens)
+
+
+def resolve_aux_layers(wanted: list[int], num_hidden_layers: int) -> list[int]:
+    """Ascending ids; id k is the residual stream after k layers (vLLM and HF ``hidden_states[k]`` agree).
+
+    None wanted: low, middle, high, vLLM's own default.
+
+    Raises:
+        ValueError: an id outside 1 .. n - 1, or out of order.
+    """
+    n = num_hidden_layers
+    ids = wanted or sorted({min(2, n - 1), n // 2, max(1, n - 3)})
+    if ids != sorted(set(ids)) or ids[0] < 1 or ids[-1] >= n:
+        raise ValueError(f"aux_layer_ids {ids} must ascend within 1 .. {n - 1}")
+    return ids
 
 
 def list_heads() -> list[str]:

@@ -14,7 +14,9 @@ from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
 from specdec.config import TargetConfig
 from specdec.device import Device
-from specdec.targets import resolve_target
+from specdec.doctor import diagnose
+from specdec.manifest import HeadManifest
+from specdec.targets import Target, resolve_target
 from specdec.traces import TokenRow, prompt_ids, row_from_ids
 from tests.tiny import save_tiny_target, tiny_tokenizer
 
@@ -23,9 +25,14 @@ K = 3
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
-def target(request, tmp_path_factory) -> TargetModel:
+def target_files(request, tmp_path_factory) -> Target:
     directory = save_tiny_target(tmp_path_factory.mktemp(request.param), request.param)
-    return TargetModel.load(resolve_target(TargetConfig(name=str(directory))), "float32", CPU)
+    return resolve_target(TargetConfig(name=str(directory)))
+
+
+@pytest.fixture(scope="module")
+def target(target_files) -> TargetModel:
+    return TargetModel.load(target_files, "float32", CPU)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +51,19 @@ def spec(request):
     return load_head(request.param)
 
 
+def truncates(spec) -> bool:
+    """Some heads share the target's output layer, and with it the whole vocabulary."""
+    return hasattr(spec.options_cls(), "draft_vocab_size")
+
+
 def build(spec, target, draft_vocab_size=None, perturb=0.1):
     """A head whose zero-initialised parts are shaken, so that every path matters."""
     torch.manual_seed(1)
-    size = draft_vocab_size or target.config.vocab_size
-    head = spec.build(target, torch.arange(size), spec.options_cls(), K)
+    options = spec.options_cls()
+    if draft_vocab_size is not None and truncates(spec):
+        options.draft_vocab_size = draft_vocab_size
+    size = spec.draft_vocab_size(options, target.config.vocab_size)
+    head = spec.build(target, torch.arange(size), options, K)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(perturb * torch.randn_like(parameter))
@@ -63,7 +78,7 @@ def test_drafts_have_one_id_per_position_and_stay_in_the_draft_vocabulary(spec, 
     head = build(spec, target, draft_vocab_size=100)
     drafts = head.draft_along(make_store(head, target, rows).batch([0, 1, 2]))
     assert drafts.shape == (3, max(row.num_completion_tokens for row in rows) - 1, K)
-    assert drafts.max() < 100
+    assert drafts.max() < head.draft_vocab_size == (100 if truncates(spec) else target.config.vocab_size)
 
 
 def test_a_later_token_changes_no_earlier_draft(spec, target, rows):
@@ -105,15 +120,19 @@ def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
     head.compute_loss(batch, 0.0).loss.backward()  # 0 ** 0 = 1: only position 0 weighs
     fused = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
     head.zero_grad()
-    normed = next(head._unroll(batch.input_ids_BT, batch.aux_hidden_BTAH, batch.anchors_BQ))
+    states, weight = next(head.outputs(batch))
+    teacher = target.lm_head_weight[head.draft_token_ids]
     terms = []
     for b, row in enumerate(rows):
         for q, t in enumerate(range(row.prompt_span[1] - 1, len(row.input_ids) - 2)):
-            probs = (batch.final_hidden_BTH[b, t + 1] @ head.teacher_VH.T - batch.logsumexp_BT[b, t + 1]).exp()
-            terms.append(-(probs * head.lm_head(normed[b, q]).log_softmax(-1)).sum())
+            probs = (batch.final_hidden_BTH[b, t + 1] @ teacher.T - batch.logsumexp_BT[b, t + 1]).exp()
+            terms.append(-(probs * (weight @ states[b, q]).log_softmax(-1)).sum())
     torch.stack(terms).mean().backward()
-    for name, gradient in fused.items():
-        torch.testing.assert_close(gradient, dict(head.named_parameters())[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+    for name, parameter in head.named_parameters():
+        if parameter.grad is None:  # a part that later positions alone use
+            assert name not in fused or not fused[name].any(), name
+        else:
+            torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(spec, target, rows):
@@ -141,19 +160,42 @@ def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(sp
 
 
 def test_out_of_vocabulary_tokens_are_rejects(spec, target, rows):
+    if not truncates(spec):
+        pytest.skip("drafts the whole vocabulary")
     head = build(spec, target, draft_vocab_size=1)
     total = held_out_acceptance(head, make_store(head, target, rows), True, 256).total
     occurrences = sum(row.input_ids[row.prompt_span[1] :].count(0) for row in rows)
     assert total.num_accepted_tokens <= occurrences
 
 
-def test_export_holds_the_weights_and_every_flag(spec, target, tmp_path):
-    head = build(spec, target, draft_vocab_size=100)
+@pytest.mark.parametrize("draft_vocab_size", [100, None])
+def test_export_holds_the_weights_and_the_doctor_finds_nothing(spec, target, target_files, tmp_path, draft_vocab_size):
+    head = build(spec, target, draft_vocab_size)
     head.export(tmp_path, torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     for name, parameter in head.named_parameters():
-        assert torch.equal(tensors[name], parameter.detach().bfloat16()), name
-    assert torch.equal(tensors["d2t"] + torch.arange(100), head.draft_token_ids)
+        assert torch.equal(tensors[name].flatten(), parameter.detach().bfloat16().flatten()), name
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["vocab_size"] == target.config.vocab_size
-    assert config["draft_vocab_size"] == 100
+    manifest_for(spec, head, target_files).save(tmp_path)
+    assert diagnose(tmp_path, target_files) == []
+
+
+def test_features_hold_what_the_head_taps_and_no_more(spec, target, rows):
+    store = make_store(build(spec, target), target, rows)
+    batch = store.batch([0, 1, 2])
+    assert batch.aux_hidden_BTAH.shape[2:] == (len(store.aux_layer_ids), target.config.hidden_size)
+    width = target.config.hidden_size * (1 + len(store.aux_layer_ids)) * 4 + 4 + 8  # float32; logsumexp, argmax
+    assert store.num_bytes == width * sum(len(row.input_ids) for row in rows)
+
+
+def manifest_for(spec, head, target_files) -> HeadManifest:
+    return HeadManifest(
+        head=spec.name,
+        vllm_method=spec.vllm_method,
+        vllm_speculative=spec.vllm_speculative,
+        num_speculative_tokens=K,
+        target_name=target_files.name,
+        target=target_files.fingerprint(),
+        draft_vocab_size=head.draft_vocab_size,
+    )

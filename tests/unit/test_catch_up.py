@@ -39,6 +39,7 @@ class Drafter:
     """Keeps what it was asked to read."""
 
     method, block_size, max_num_tokens, draft_attn_groups = "eagle3", BLOCK, 256, ("group",)
+    num_speculative_tokens, parallel_drafting = 3, False
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -148,6 +149,14 @@ def test_it_waits_no_longer_than_it_may_and_holds_no_more_than_fits():
     for _ in range(8):
         world.step(0)
     assert max(inputs["common_attn_metadata"].num_actual_tokens for inputs in world.drafter.calls) <= 8
+
+
+def test_a_parallel_drafter_always_drafts_its_full_width():
+    world = World(a=5)
+    world.catch_up.fixed_width = 3
+    assert world.step(2).shape == (1, 2)
+    assert world.step(0, rejected=torch.zeros(1)).shape == (1, 0)
+    assert [inputs["num_speculative_tokens"] for inputs in world.drafter.calls] == [3, 3]
 
 
 def test_a_step_that_verified_drafts_is_not_put_off():

@@ -279,3 +279,13 @@ def test_traffic_is_kept_only_when_asked_and_where_it_can_be(tmp_path):
         plan(keep_traffic=str(tmp_path))
     with pytest.raises(ValueError, match="between 0 and 1"):
         plan(policy="auto", keep_traffic=str(tmp_path), keep_share=2.0)
+
+
+def test_a_head_s_own_keys_reach_vllm_and_its_masks_are_given_room():
+    head = manifest()
+    head.vllm_speculative = {"parallel_drafting": True}
+    arguments = (TARGET, ServeConfig(), TargetConfig(name="tiny"), CPU, Path("/heads/a"), head, [])
+    planned = plan_server(*arguments, environ={})
+    assert json.loads(flag(planned, "--speculative-config"))["parallel_drafting"] is True
+    # Beside the verified tokens, 3 drafts and 1 more, a step holds 2 masks.
+    assert int(flag(planned, "--max-num-batched-tokens")) == launch.CPU_DEFAULT_MODEL_LEN + 16 * 6

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from draft_training.generate import load_completions
 from draft_training.prepare import load_rows, prepare, split_rows
 from draft_training.train import choose_draft_tokens, train
 from draft_training.trainer import learning_rate_factor
-from specdec.config import RunConfig, load_config
+from specdec.cli import app
+from specdec.config import RunConfig, TargetConfig, load_config
+from specdec.doctor import diagnose
 from specdec.manifest import HeadManifest
+from specdec.targets import resolve_target
 from specdec.traces import TokenRow
 from tests.tiny import save_tiny_target
 
@@ -51,6 +55,28 @@ def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
     assert train(config_for(workspace), workspace / "traces.jsonl", tmp_path) == manifest
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("head", "method", "options"),
+    [
+        ("medusa", "medusa", ["head.options.draft_vocab_size=64"]),
+        ("eagle", "eagle", ["head.options.feature_loss_weight=0.1"]),
+        ("peagle", "eagle3", ["head.options.draft_vocab_size=64"]),
+        ("eagle3", "eagle3", ["head.options.draft_vocab_size=64"]),
+    ],
+)
+def test_every_head_trains_from_the_command_line(workspace, tmp_path, head, method, options):
+    settings = ["train.epochs=1", "train.batch_tokens=512", "traces.val_fraction=0.25", *options]
+    arguments = ["--target", str(workspace / "target"), "--traces", str(workspace / "traces.jsonl"), "--head", head]
+    done = CliRunner().invoke(app, ["train", *arguments, "--out", str(tmp_path), *(f"--set={s}" for s in settings)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["acceptance_length"] >= 1
+    manifest = HeadManifest.load(tmp_path)
+    assert (manifest.head, manifest.vllm_method) == (head, method)
+    assert manifest.vllm_speculative == ({"parallel_drafting": True} if head == "peagle" else {})
+    assert manifest.draft_vocab_size == (262 if head == "eagle" else 64)
+    assert diagnose(tmp_path, resolve_target(TargetConfig(name=str(workspace / "target")))) == []
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
@@ -95,7 +121,7 @@ def test_another_configuration_is_refused_and_loses_nothing(workspace, tmp_path)
 
 
 def test_unknown_head_and_option_are_named(workspace, tmp_path):
-    with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle3"):
+    with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle, eagle3, medusa, peagle"):
         train(config_for(workspace, "head.name=eagle9"), workspace / "traces.jsonl", tmp_path)
     with pytest.raises(ValueError, match=r"did you mean head\.options\.norm_output"):
         train(config_for(workspace, "head.options.norm_outputs=true"), workspace / "traces.jsonl", tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from draft_training.heads import resolve_aux_layers
+
 
 @dataclass(kw_only=True, slots=True)
 class Eagle3Options:
@@ -17,13 +19,9 @@ class Eagle3Options:
     norm_output: bool = True  # feed back the normed output, EAGLE-3.1
 
     def resolve_aux_layer_ids(self, num_hidden_layers: int) -> list[int]:
-        """Ascending ids; id k is the residual stream after k layers (vLLM and HF ``hidden_states[k]`` agree).
+        """See ``resolve_aux_layers``."""
+        return resolve_aux_layers(self.aux_layer_ids, num_hidden_layers)
 
-        Raises:
-            ValueError: an id outside 1 .. n - 1, or out of order.
-        """
-        n = num_hidden_layers
-        ids = self.aux_layer_ids or sorted({min(2, n - 1), n // 2, max(1, n - 3)})
-        if ids != sorted(set(ids)) or ids[0] < 1 or ids[-1] >= n:
-            raise ValueError(f"aux_layer_ids {ids} must ascend within 1 .. {n - 1}")
-        return ids
+    def resolve_draft_vocab_size(self, vocab_size: int) -> int:
+        """At most the target's vocabulary."""
+        return min(self.draft_vocab_size, vocab_size)

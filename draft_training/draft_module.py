@@ -1,0 +1,107 @@
+"""What the heads' modules share: the draft vocabulary, the loss on the target's distribution, greedy drafting.
+
+An architecture says in ``outputs`` what it computes at each draft position; everything below follows from that.
+Shapes: B rows, T tokens, Q anchors, H width, V draft vocabulary, P learnable positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from draft_training.features import TargetModel
+from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
+from draft_training.loss import SoftCrossEntropy, chunk_rows
+
+Outputs = Iterator[tuple[Tensor, Tensor]]
+
+
+class DraftModule(nn.Module):
+    """Base of the heads; see ``DraftHead`` for what its methods promise."""
+
+    draft_token_ids: Tensor
+    draft_id_of_target: Tensor
+    teacher_VH: Tensor
+
+    def __init__(
+        self, target: TargetModel, draft_token_ids: Tensor, aux_layer_ids: list[int], num_speculative_tokens: int
+    ) -> None:
+        super().__init__()
+        self.aux_layer_ids = aux_layer_ids
+        self.num_speculative_tokens = num_speculative_tokens
+        self.draft_vocab_size = len(draft_token_ids)
+        # Not the head's own: kept out of parameters() and of the exported file.
+        teacher = target.lm_head_weight.detach()
+        whole = self.draft_vocab_size == len(teacher)
+        self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)
+        self.register_buffer("teacher_VH", (teacher if whole else teacher[draft_token_ids]).float(), persistent=False)
+        to_draft = torch.full((len(teacher),), -1, dtype=torch.long)
+        to_draft[draft_token_ids] = torch.arange(self.draft_vocab_size)
+        self.register_buffer("draft_id_of_target", to_draft, persistent=False)
+
+    def outputs(self, inputs: DraftInputs, own_drafts: bool = False) -> Outputs:
+        """See ``DraftHead.outputs``."""
+        raise NotImplementedError
+
+    def greedy(self, states: Tensor, weight_VH: Tensor) -> Tensor:
+        """Target ids [...] of the best draft tokens of ``states`` [..., H]."""
+        chunks = states.flatten(0, -2).split(chunk_rows(len(weight_VH)))
+        best = torch.cat([(chunk @ weight_VH.T).argmax(-1) for chunk in chunks])
+        return self.draft_token_ids[best].view(states.shape[:-1])
+
+    def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
+        """Mean soft cross-entropy of each draft position, position j weighted ``step_decay ** j``."""
+        return self._chain_loss(batch, self.outputs(batch), step_decay)
+
+    def _chain_loss(self, batch: FeatureBatch, outputs: Outputs, step_decay: float) -> LossOutput:
+        # A position s is worth learning when token s + 1 belongs to the completion and the head can say it.
+        learnable_BT = F.pad(batch.loss_mask_BT[:, 1:], (0, 1)) & (self.draft_id_of_target[batch.argmax_BT] >= 0)
+        rank_BT = learnable_BT.flatten().cumsum(0).view_as(learnable_BT) - 1
+        teacher_logits = batch.final_hidden_BTH[learnable_BT] @ self.teacher_VH.T
+        probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT[learnable_BT][:, None]).exp_()
+        last = batch.input_ids_BT.shape[1] - 1
+        loss = batch.final_hidden_BTH.new_zeros(())
+        num_targets, num_correct = [], []
+        for j, (states_BQH, weight_VH) in enumerate(outputs):
+            seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
+            reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
+            ranks = rank_BT.gather(1, seen_BQ)[reached_BQ]
+            weights = probs_PV.new_full((len(ranks),), step_decay**j / max(len(ranks), 1))
+            step_loss, best = SoftCrossEntropy.apply(states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights)
+            loss = loss + step_loss
+            wanted = batch.argmax_BT.gather(1, seen_BQ)[reached_BQ]
+            num_targets.append(len(ranks))
+            num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
+        return LossOutput(loss=loss, num_targets=num_targets, num_correct=num_correct)
+
+    @torch.no_grad()
+    def draft_along(self, batch: FeatureBatch) -> Tensor:
+        """See ``DraftHead.draft_along``."""
+        return torch.stack([self.greedy(*output) for output in self.outputs(batch)], dim=-1)
+
+    @torch.no_grad()
+    def propose(self, aux_hidden_TAH: Tensor, final_hidden_TH: Tensor, input_ids: Tensor) -> list[int]:
+        """See ``DraftHead.propose``."""
+        inputs = DraftInputs(
+            input_ids_BT=input_ids[None],
+            anchors_BQ=torch.tensor([[len(final_hidden_TH) - 1]], device=final_hidden_TH.device),
+            aux_hidden_BTAH=aux_hidden_TAH[None],
+            final_hidden_BTH=final_hidden_TH[None],
+        )
+        return [int(self.greedy(*output)) for output in self.outputs(inputs, own_drafts=True)]
+
+    def parameter_groups(self, learning_rate: float, lm_head_lr_scale: float, weight_decay: float) -> list[dict]:
+        """Matrices decay, vectors don't; an lm_head starts from the target's rows and may want smaller steps."""
+        named = list(self.named_parameters())
+        lm_heads = [p for name, p in named if name.startswith("lm_head")]
+        matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
+        vectors = [p for _, p in named if p.ndim == 1]
+        groups = [
+            {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+            {"params": lm_heads, "lr": learning_rate * lm_head_lr_scale, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]

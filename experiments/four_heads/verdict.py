@@ -1,0 +1,89 @@
+"""``python experiments/four_heads/verdict.py RUN_DIR PROMPTS``: what each head accepts, and what it gains."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from specdec.evaluation.acceptance import trained_acceptance
+from specdec.manifest import HeadManifest
+from specdec.metrics import bootstrap_ci95
+from specdec.record import text_sha256, write_json_atomic
+
+OUT = Path(__file__).with_name("result.json")
+
+
+def verdict(result: dict[str, Any], prompts: dict[str, str]) -> dict[str, Any]:
+    """One row an arm, of the greedy cell; ``prompts`` by item id."""
+    cell = result["cells"][0]
+    return {
+        "arms": [_row(result, cell, arm, prompts) for arm in result["arms"]],
+        "greedy_identity_rate": {row["arm"]: row["greedy_identity_rate"] for row in result["losslessness"]["greedy"]},
+        "notes": result["notes"],
+        "provenance": result["provenance"],
+    }
+
+
+def _row(result: dict[str, Any], cell: dict[str, Any], arm: dict[str, Any], prompts: dict[str, str]) -> dict[str, Any]:
+    requests = [
+        row
+        for row in result["requests"]
+        if (row["arm"], row["cell"]) == (arm["name"], cell["name"]) and row["error"] is None
+    ]
+    acceptance = cell["arms"][arm["name"]]["acceptance"] or {}
+    compared = cell["comparisons"].get(arm["name"], {})
+    row = {
+        "name": arm["name"],
+        "head": None,
+        "acceptance_length": acceptance.get("acceptance_length"),
+        "ci95": _interval(requests),
+        "trained_acceptance_length": None,
+        "speedup_median": compared.get("speedup_median"),
+        "speedup_ci95": compared.get("speedup_ci95"),
+        "tpot_sec_p50": cell["arms"][arm["name"]]["tpot_sec"]["p50"],
+        "per_position_rates": acceptance.get("per_position_rates", []),
+    }
+    if "head" not in arm["options"]:
+        return row
+    manifest = HeadManifest.load(Path(arm["options"]["head"]))
+    hashes = [text_sha256(prompts[item]) for item in sorted({request["item_id"] for request in requests})]
+    trained, _ = trained_acceptance(
+        manifest.acceptance_by_prompt, hashes, manifest.num_speculative_tokens, arm["num_speculative_tokens"]
+    )
+    return {
+        **row,
+        "head": manifest.head,
+        "trained_acceptance_length": trained.acceptance_length if trained else None,
+        "trained_per_position_rates": trained.per_position_rates if trained else [],
+        "train_sec": manifest.provenance.get("train_sec"),
+        "file_bytes": (Path(arm["options"]["head"]) / "model.safetensors").stat().st_size,
+    }
+
+
+def _interval(requests: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Of the acceptance length, a bootstrap over prompts: repeats of a prompt are no new evidence."""
+    by_prompt: dict[str, tuple[int, int]] = {}
+    for row in requests:
+        if row["num_drafts"]:
+            drafts, accepted = by_prompt.get(row["item_id"], (0, 0))
+            by_prompt[row["item_id"]] = (drafts + row["num_drafts"], accepted + row["num_accepted_tokens"])
+    return bootstrap_ci95(list(by_prompt.values()), statistic=_acceptance_length)
+
+
+def _acceptance_length(pairs: list[tuple[int, int]]) -> float:
+    return 1 + sum(accepted for _, accepted in pairs) / sum(drafts for drafts, _ in pairs)
+
+
+if __name__ == "__main__":
+    run_dir, prompt_file = map(Path, sys.argv[1:])
+    lines = prompt_file.read_text().splitlines()
+    texts = {f"{prompt_file.stem}-{number}": json.loads(line)["prompt"] for number, line in enumerate(lines)}
+    found = verdict(json.loads((run_dir / "result.json").read_text()), texts)
+    write_json_atomic(OUT, found)
+    print(
+        json.dumps(
+            [{key: arm[key] for key in ("name", "acceptance_length", "speedup_median")} for arm in found["arms"]]
+        )
+    )
