@@ -142,6 +142,12 @@ def test_engine_that_fails_is_a_503_with_the_reason(method, path):
     assert response.status_code == 503 and "no such method" in message(response)
 
 
+def test_figures_that_are_no_numbers_are_null():
+    app, _ = make_app(FakeEngineClient(make_status(acceptance_length=float("nan"), batch=float("inf"))))
+    status = ask(app, "GET", "/specdec/status").json()
+    assert (status["acceptance_length"], status["batch"]) == (None, None)
+
+
 def test_dead_engine_is_not_asked():
     client = FakeEngineClient(make_status())
     app, _ = make_app(client)
