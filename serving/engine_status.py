@@ -98,7 +98,7 @@ class EngineStatus:
             raise EngineUnavailableError("the engine is dead")
         try:
             text = await self.engine_client.engine_core.call_utility_async(UTILITY, json.dumps(command))
-            answer = json.loads(text)
+            answer = json.loads(text, parse_constant=lambda name: None)  # NaN is nothing known either
         except Exception as error:
             # vLLM has many ways to say that its engine is gone; none may reach a client as a traceback.
             raise EngineUnavailableError(f"the engine could not answer ({type(error).__name__}: {error})") from error

@@ -7,7 +7,6 @@ answer, the last figures stay and ``specdec:status_age_seconds`` tells their age
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ class Figure:
         kind = CounterMetricFamily if self.counter else GaugeMetricFamily
         family = kind(f"specdec:{self.name}", self.help, labels=[self.label] if self.label else [])
         for labels, number in self._samples(status):
-            if isinstance(number, int | float) and math.isfinite(number):
+            if isinstance(number, int | float):
                 family.add_metric(labels, float(number))
         return family
 

@@ -98,13 +98,13 @@ function timeChart(box, { points, span, lines, range, between, level, hoverSec, 
 }
 
 function trace(points, line, x, y) {
-  let path = "", before = null;
+  let path = "", before = null; // each piece begins with a dash of four pixels: a lonely point is seen too
   for (const point of points) {
     const value = point[line.key];
     if (!isNumber(value) || !isNumber(point.at_sec)) { before = null; continue; }
     const joined = before && point.at_sec - before.at_sec <= GAP_SEC;
     if (joined && line.step) path += `H${x(point.at_sec).toFixed(1)}`;
-    path += joined ? `L${x(point.at_sec).toFixed(1)} ${y(value).toFixed(1)}` : `M${x(point.at_sec).toFixed(1)} ${y(value).toFixed(1)}h.01`;
+    path += joined ? `L${x(point.at_sec).toFixed(1)} ${y(value).toFixed(1)}` : `M${(x(point.at_sec) - 2).toFixed(1)} ${y(value).toFixed(1)}h4m-2 0`;
     before = point;
   }
   return path;

@@ -19,10 +19,10 @@ async function ask(path, options = {}) {
   try {
     const response = await fetch(path, { cache: "no-store", signal: end.signal, ...options });
     const body = await response.json().catch(() => null);
-    if (!response.ok) throw Object.assign(new Error(body?.error?.message || `it answers with status ${response.status}`), { code: response.status });
+    if (!response.ok) throw Object.assign(new Error(body?.error?.message || `it answers with status ${response.status}`), { httpStatus: response.status });
     return body;
   } catch (error) {
-    if (error.code) throw error;
+    if (error.httpStatus) throw error;
     throw new Error(end.signal.aborted ? "it takes too long" : "the connection fails");
   } finally {
     clearTimeout(timer);
@@ -60,7 +60,7 @@ async function setPolicy(policy) {
     at("key-form").hidden = true;
   } catch (error) {
     note(`Policy not set: ${error.message}`, "");
-    at("key-form").hidden = error.code !== 401;
+    at("key-form").hidden = error.httpStatus !== 401;
   }
   waiting = null;
   await poll();

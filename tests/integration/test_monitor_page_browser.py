@@ -123,6 +123,8 @@ def test_engine_that_is_dead_is_said_so(tmp_path):
         server.client.errored = True
         page.until("!document.querySelector('#lost').hidden")
         assert "the engine is dead" in page.text("#lost")
+        page.value("window.fetch = () => Promise.reject(new DOMException('jargon', 'AbortError'))")
+        page.until("document.querySelector('#lost').innerText.includes('the connection fails')")
 
 
 def test_server_without_a_head_shows_why_and_no_buttons(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def test_what_is_unknown_has_no_sample():
 def test_odd_values_never_break_the_scrape(odd):
     status = make_status(totals=odd, by_span=odd, k_histogram=odd, trained=odd, conditional_rates=odd, batch=odd)
     figures = scrape(make_app(FakeEngineClient(status))[0])
-    assert figures["specdec:num_speculative_tokens"] == 3
+    assert figures["specdec:num_speculative_tokens"] == 3 and not any(map(math.isnan, figures.values()))
     assert not any(
         name.startswith(("specdec:steps", "specdec:span", "specdec:conditional_rate{position=}")) for name in figures
     )
