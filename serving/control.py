@@ -65,9 +65,9 @@ class Control:
     # What the scheduler reports
 
     def added(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
-        """A new request; ``extra_args["specdec"]`` may be off, auto or a number (the server has checked it)."""
-        wish = (extra_args or {}).get("specdec", AUTO)
-        if self.policy is not None and wish != AUTO:
+        """A new request; ``extra_args["specdec"]`` may be off, auto or a number, and the rest counts as auto."""
+        wish = str((extra_args or {}).get("specdec", AUTO))
+        if self.policy is not None and (wish == OFF or wish.isdecimal()):
             self.pinned[request_id] = 0 if wish == OFF else min(int(wish), self.policy.max_draft_tokens)
 
     def scheduled(self, output: Any) -> None:

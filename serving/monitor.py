@@ -122,16 +122,16 @@ class Monitor:
         self._recent_tokens = keep * self._recent_tokens + num_tokens
         self._recent_sec = keep * self._recent_sec + seconds
         if not self.history or at_sec - self.history[-1]["at_sec"] >= HISTORY_SEC:
-            self.history.append(
-                {
-                    "at_sec": round(at_sec, 1),
-                    "num_speculative_tokens": num_draft_tokens,
-                    "goodput_tok_per_sec": self.goodput_tok_per_sec,
-                    "plain_tok_per_sec": plain,
-                    "acceptance_length": self.recent.acceptance_length,
-                    "batch": batch,
-                }
-            )
+            point = {
+                "at_sec": at_sec,
+                "num_speculative_tokens": num_draft_tokens,
+                "goodput_tok_per_sec": self.goodput_tok_per_sec,
+                "plain_tok_per_sec": plain,
+                "acceptance_length": self.recent.acceptance_length,
+                "batch": batch,
+            }
+            # Hundreds of them are in each answer.
+            self.history.append({key: value and round(value, 3) for key, value in point.items()})
 
     def event(self, at_sec: float, kind: str, what: str) -> None:
         """Something that people will want to know: kind is policy, alarm or failure."""

@@ -28,7 +28,7 @@ def parse_policy(text: str) -> tuple[str, int | None]:
     mode, colon, width = text.partition(":")
     if mode in (AUTO, OFF) and not colon:
         return mode, None
-    if mode == FIXED and width.isdigit():
+    if mode == FIXED and width.isdecimal():
         return mode, int(width)
     raise ValueError(f"policy must be auto, off or fixed:K, got {text!r}")
 

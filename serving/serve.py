@@ -82,8 +82,9 @@ def _settings(settings: ServeConfig, user: ServerFlags) -> ServeConfig:
 
 
 def _own_flags(settings: ServeConfig) -> list[str]:
-    """In front of the user's flags, which win. Our health checks would fill the access log."""
-    return [DRAIN_FLAG, str(settings.drain_sec), "--disable-access-log-for-endpoints", "/health"]
+    """In front of the user's flags, which win. What is asked for every second would fill the access log."""
+    quiet = "/health,/metrics,/specdec/status"
+    return [DRAIN_FLAG, str(settings.drain_sec), "--disable-access-log-for-endpoints", quiet]
 
 
 def examine_head(head_dir: Path, target: Target) -> tuple[HeadManifest | None, str | None]:

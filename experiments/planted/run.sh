@@ -15,6 +15,6 @@ plant=head=$head,vllm.scheduler-cls=experiments.planted.plant
     --arm spec=head="$head" --arm same=head="$head" \
     --arm slow="$plant.slow" --arm drafts="$plant.drafts" --arm sampler="$plant.sampler" \
     --set serve.max_model_len=1024 --set serve.max_num_seqs=16 --set serve.kv_cache_gib=1 \
-    --set eval.num_prompts="$prompts" --set eval.max_new_tokens=64 --set eval.repeats=4 --set eval.sampled=false \
+    --set eval.num_prompts="$prompts" --set eval.max_new_tokens=64 --set eval.repeats=3 --set eval.sampled=false \
     --set eval.distribution_samples=128 --set eval.distribution_prompts=6
 "$python" experiments/planted/verdict.py runs/planted

@@ -98,17 +98,23 @@ def test_report_is_self_contained_and_escaped(tmp_path):
 
 
 def test_the_arms_take_turns_and_warm_up_is_not_counted(tmp_path):
-    order: list[str] = []
+    order: list[tuple[str, dict]] = []
     plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=2)
-    plain.on_chat = lambda _: order.append("plain")
-    spec.on_chat = lambda _: order.append("spec")
+    plain.on_chat = lambda _: order.append(("plain", plain.log[-1]))
+    spec.on_chat = lambda _: order.append(("spec", spec.log[-1]))
     result = run(plain, spec, tmp_path, sampled=False)
-    warmup = [body for body in plain.log if body["messages"][0]["content"] == WARMUP_PROMPT]
-    assert len(warmup) == measuring.WARMUP_ROUNDS and result["summary"]["num_requests"] == 32
-    counted = order[2 * measuring.WARMUP_ROUNDS :]
-    assert all(set(pair) == {"plain", "spec"} for pair in zip(counted[::2], counted[1::2], strict=True))
-    prompts = [body["messages"][0]["content"] for body in plain.log[measuring.WARMUP_ROUNDS :][:8]]
-    assert sorted(prompts) == sorted(PROMPTS) and prompts != PROMPTS
+    assert result["summary"]["num_requests"] == 32
+    asked = [(arm, body["messages"][0]["content"], body["max_tokens"]) for arm, body in order]
+    assert [prompt for _, prompt, _ in asked[: 2 * measuring.WARMUP_ROUNDS]] == [WARMUP_PROMPT] * 4
+    turns = asked[2 * measuring.WARMUP_ROUNDS :]
+    # 8 prompts twice in blocks of 4: each turn of an arm wakes its server, then measures.
+    blocks = [turns[i : i + 5] for i in range(0, len(turns), 5)]
+    assert len(blocks) == 8 and all(len({arm for arm, _, _ in block}) == 1 for block in blocks)
+    assert all(block[0][1:] == (WARMUP_PROMPT, measuring.WAKING_TOKENS) for block in blocks)
+    pairs = zip(blocks[::2], blocks[1::2], strict=True)
+    assert all({a[0][0], b[0][0]} == {"plain", "spec"} and a[1][1] == b[1][1] for a, b in pairs)
+    prompts = [prompt for block in blocks[:4:2] for _, prompt, _ in block[1:]]
+    assert sorted(prompts) == sorted(PROMPTS)
 
 
 def test_a_closed_loop_keeps_as_many_in_flight_as_it_says(tmp_path):
@@ -195,7 +201,8 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
         config.eval.seed = 0
         whole = evaluate(config, None, tmp_path / "out")
     assert not whole["interrupted"] and whole["summary"]["num_requests"] == 32
-    assert len(plain.log) - before < 24 + measuring.WARMUP_ROUNDS  # what was there was not measured again
+    measured = [body for body in plain.log[before:] if body["messages"][0]["content"] != WARMUP_PROMPT]
+    assert len(measured) < 24  # what was there was not measured again
 
 
 def test_a_server_that_dies_in_the_middle_is_counted(tmp_path):

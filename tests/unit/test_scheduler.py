@@ -147,6 +147,8 @@ def test_a_request_has_its_own_width(monkeypatch):
     assert drafted(scheduler) == {"r0": 3, "r1": 2}
     scheduler = started(r0="off", r1="0")
     assert scheduler.schedule().num_spec_tokens_to_schedule == 0
+    for nonsense in (True, -1, "some", 1.5, ["off"]):
+        assert started(r1=nonsense).specdec.pinned == {}
     assert drafted(started(r1=9)) == {"r0": 3, "r1": 3}  # no choice was made yet, and 9 is what the head has
 
 
