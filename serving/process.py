@@ -24,6 +24,7 @@ REAPER = Path(__file__).with_name("reaper.py")
 GRACE_SEC = 20.0  # from the last answer after SIGTERM to SIGKILL
 PROBE_SEC = 5.0  # how long a health check may take
 SHOWN_LINES = 30
+MAX_CAUSE_CHARS = 500  # some errors print a whole configuration
 # What a log line starts with: (EngineCore pid=7) ERROR 11-21 22:10:00 [core.py:12]
 _PREFIX = re.compile(r"^(\(.*?pid=\d+\) *)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[\S+\] )?)?")
 _CAUSE = re.compile(r"(\b\w*(Error|Exception)\b|\berror): *\S")
@@ -37,10 +38,10 @@ def failure_cause(lines: list[str], returncode: int | None) -> str:
     it still ran."""
     for line in reversed(lines):
         if _CAUSE.search(line) and not any(wrapper in line.lower() for wrapper in _WRAPPERS):
-            return _PREFIX.sub("", line.strip())
+            return _PREFIX.sub("", line.strip())[:MAX_CAUSE_CHARS]
     for line in lines:  # the first: the rest follows from it
         if _SILENT_END in line:
-            return _PREFIX.sub("", line.strip())
+            return _PREFIX.sub("", line.strip())[:MAX_CAUSE_CHARS]
     if returncode is None:
         return "still running"
     if returncode in (128 + signal.SIGKILL, -signal.SIGKILL):

@@ -97,13 +97,13 @@ def examine_head(head_dir: Path, target: Target) -> tuple[HeadManifest | None, s
         manifest.check_target(target.fingerprint())
         findings = diagnose(head_dir, target)
     except Exception as error:
-        known = isinstance(error, ValueError)
-        logger.debug("head %s", head_dir, exc_info=error)
-        return None, f"head {head_dir} can't be used: {error if known else f'{type(error).__name__}: {error}'}"
-    if not findings:
-        return manifest, None
-    more = f" (and more: specdec doctor {head_dir})" if len(findings) > 1 else ""
-    return None, f"head {head_dir} can't be used: {findings[0].what}; {findings[0].fix}{more}"
+        fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    else:
+        if not findings:
+            return manifest, None
+        more = f" (and more: specdec doctor {head_dir})" if len(findings) > 1 else ""
+        fault = f"{findings[0].what}; {findings[0].fix}{more}"
+    return None, f"head {head_dir} can't be used: {' '.join(fault.split())}"
 
 
 def announce(plan: ServerPlan, reason: str | None = None) -> None:

@@ -64,7 +64,7 @@ class Supervisor:
     Args:
         plan: what to serve.
         fallback: the same without speculation; None: never degrade.
-        settings: ``startup_timeout_sec``, ``health_timeout_sec`` and ``max_restarts`` are read.
+        settings: the section ``serve``.
         spawn: starts a planned server.
         on_ready: called with the plan each time that a server has become ready, and why it is degraded (or None).
         reason: why ``plan`` is degraded already.
@@ -157,6 +157,7 @@ class Supervisor:
 
     def _watch(self, server: Server) -> None:
         if self._num_stops:
+            logger.info("stopping within %d s; a second signal ends at once", self.settings.drain_sec)
             server.stop()
             self.state = State.DRAINING
         elif server.returncode is not None:

@@ -1,9 +1,10 @@
 """A stand-in for vLLM's server process, run as ``python -m tests.fake_vllm`` with vLLM's flags and two of its own:
 
-``--fake-dir``   where it notes its pids (``pids``) and its flags, one start a line (``starts``)
+``--fake-dir``   where it notes its pids (``pids``), its flags, one start a line (``starts``), and that a request for
+                 ``/later`` has come (``later``)
 ``--fake``       ``refuse`` to start, ``refuse-head`` (only with speculation), ``slow`` (never ready)
 
-On GET it answers with its ``SPECDEC_STATUS``; ``/later`` takes a second and a half, ``/die`` ends the process,
+On GET it answers with its ``SPECDEC_STATUS``; ``/later`` takes two seconds, ``/die`` ends the process,
 ``/hang`` stops it from ever answering again. SIGTERM drains as vLLM does, for ``--shutdown-timeout`` seconds. A child
 that ignores SIGTERM stands for the engine.
 """
@@ -26,6 +27,7 @@ CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); tim
 
 class Handler(BaseHTTPRequestHandler):
     hangs = False
+    folder: Path
 
     def do_GET(self) -> None:
         Handler.hangs = Handler.hangs or self.path == "/hang"
@@ -35,7 +37,9 @@ class Handler(BaseHTTPRequestHandler):
             sys.stdout.write("RuntimeError: engine died\n")
             sys.stdout.flush()
             os._exit(3)
-        time.sleep(1.5 if self.path == "/later" else 0)
+        if self.path == "/later":
+            (self.folder / "later").touch()
+            time.sleep(2)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(os.environ["SPECDEC_STATUS"].encode())
@@ -67,6 +71,7 @@ def main() -> None:
         sys.exit("ValueError: it does not load")
     if flags.fake == "slow":
         time.sleep(300)
+    Handler.folder = flags.fake_dir
     server = Server(("127.0.0.1", flags.port), Handler)
 
     def drain(*_: object) -> None:
