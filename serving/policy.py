@@ -5,13 +5,16 @@ each candidate K is judged by expected tokens over measured step time,
 
     goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
-with c the conditional acceptance rates of the last drafts and T the mean time of decode steps. K = 0 is plain decode.
-What is not known is tried (once per batch size, a few steps each), what may have changed is tried again: from plain
-decode a short probe now and then, further apart each time that it does not pay. Pure Python; knows no server.
+with c the conditional acceptance rates of the last drafts and T the median time of decode steps (a machine's pauses
+have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each),
+what may have changed is tried again: from plain decode a short probe now and then, further apart each time that it
+does not pay. Pure Python; knows no server.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,8 +49,10 @@ class PolicySettings:
     max_probe_steps: int = 4096  # the interval doubles up to here while probes don't pay
     recheck_steps: int = 1024  # while speculating: how often plain decode is timed again
     acceptance_window: float = 128.0  # drafts that count, of each position
-    prior_weight: float = 16.0  # drafts that the head's own figures are worth at the start
-    time_window: float = 64.0  # steps that count, of each batch size and K
+    prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
+    time_window: int = 33  # steps that count, of each batch size and K
+    hopeless_drafts: int = 8  # after so many a probe may end early,
+    benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
 
 
 @dataclass(slots=True)
@@ -84,36 +89,36 @@ class AcceptanceModel:
         """Acceptance of position i among the drafts accepted before it."""
         return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
 
-    def expected_tokens(self, num_draft_tokens: int) -> float:
-        """Tokens a sequence gains in a step, its bonus token included."""
+    def expected_tokens(self, num_draft_tokens: int, imagined: float = 0.0) -> float:
+        """Tokens a sequence gains in a step, its bonus token included. ``imagined``: acceptances added everywhere."""
         expected = reached = 1.0
-        for rate in self.conditional_rates[:num_draft_tokens]:
-            reached *= rate
+        for hits, tries in zip(self.hits[:num_draft_tokens], self.tries, strict=False):
+            reached *= (hits + imagined) / (tries + imagined)
             expected += reached
         return expected
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """Decayed mean seconds of a decode step by batch size (in powers of two) and K."""
+    """Median seconds of the last decode steps by batch size (in powers of two) and K."""
 
-    window: float
-    _means: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)  # -> (weight, mean)
+    window: int
+    _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
+    _medians: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def observe(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
         key = bucket(batch), num_draft_tokens
-        weight, mean = self._means.get(key, (0.0, 0.0))
-        if weight >= 3 and seconds > 5 * mean:
-            return  # a pause of the machine, not a step
-        weight = min(weight + 1, self.window)
-        self._means[key] = weight, mean + (seconds - mean) / weight
+        last = self._last.setdefault(key, deque(maxlen=self.window))
+        last.append(seconds)
+        self._medians[key] = statistics.median(last)
 
-    def num_observed(self, batch: int, num_draft_tokens: int) -> float:
-        return self._means.get((bucket(batch), num_draft_tokens), (0.0, 0.0))[0]
+    def num_observed(self, batch: int, num_draft_tokens: int) -> int:
+        """At most the window."""
+        return len(self._last.get((bucket(batch), num_draft_tokens), ()))
 
     def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
         """Seconds; between two measured widths by a straight line, None outside them."""
-        row = sorted((k, mean) for (size, k), (_, mean) in self._means.items() if size == bucket(batch))
+        row = sorted((k, seconds) for (size, k), seconds in self._medians.items() if size == bucket(batch))
         below = [item for item in row if item[0] <= num_draft_tokens]
         above = [item for item in row if item[0] >= num_draft_tokens]
         if not below or not above:
@@ -143,7 +148,7 @@ class Policy:
         self.chosen = max_draft_tokens
         self.reason = "start: not measured yet"
         self._steps_since_change = 0
-        self._steps_since_trial = 0
+        self._steps_since_trial = self._drafts_since_trial = 0
         self._trial: tuple[int, int] | None = None  # K on trial, steps left
         self._probe_steps = self.settings.first_probe_steps
 
@@ -165,6 +170,7 @@ class Policy:
 
     def observe_draft(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
         """``count`` sequences' verifications of one kind."""
+        self._drafts_since_trial += count
         self.acceptance.observe(num_drafted, num_accepted, count)
 
     def observe_step(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
@@ -181,7 +187,7 @@ class Policy:
         self._steps_since_trial += 1
         if self._trial is not None:
             width, left = self._trial
-            self._trial = (width, left - 1) if left > 1 else None
+            self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
             if self._trial is not None:
                 return width
             self._decide(batch, was_trial=True)
@@ -204,6 +210,16 @@ class Policy:
         seconds = self.times.estimate(batch, num_draft_tokens)
         return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
 
+    def _is_hopeless(self, batch: int, width: int) -> bool:
+        """Whether plain decode would win even if a few more drafts had been accepted than were."""
+        times = [self.times.estimate(batch, k) for k in range(width + 1)]
+        known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
+        if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
+            return False
+        doubt = self.settings.benefit_of_doubt
+        goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
+        return max(goodputs[1:]) < goodputs[0]
+
     def _unknown(self, batch: int) -> int | None:
         """The ends of the range must have been timed at this batch size; between them a line will do."""
         for width in (self.max_draft_tokens, 0):
@@ -213,7 +229,7 @@ class Policy:
 
     def _try(self, width: int, reason: str, steps: int | None = None) -> int:
         self._trial = width, steps or self.settings.trial_steps
-        self._steps_since_trial = 0
+        self._steps_since_trial = self._drafts_since_trial = 0
         self.reason = reason
         return width
 

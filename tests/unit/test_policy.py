@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import groupby
 
 import pytest
 from hypothesis import given
@@ -147,12 +148,34 @@ def test_whatever_is_observed_the_choice_is_a_width(steps):
 
 
 def test_times_between_two_widths_lie_on_a_line_and_a_pause_is_no_step():
-    times = StepTimes(window=64.0)
-    for _ in range(5):
+    times = StepTimes(window=9)
+    for _ in range(9):
         times.observe(3, 0, 0.02)
         times.observe(4, 3, 0.05)
     assert times.estimate(4, 1) == pytest.approx(0.03) and times.estimate(4, 4) is None
     assert times.estimate(8, 0) is None
-    times.observe(4, 0, 3.0)
+    for _ in range(3):
+        times.observe(4, 0, 0.1)
     assert times.estimate(4, 0) == pytest.approx(0.02)
+    for _ in range(3):  # more than half of what is kept: no pause
+        times.observe(4, 0, 0.1)
+    assert times.estimate(4, 0) == pytest.approx(0.1)
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 32, 33)] == [1, 2, 4, 4, 8, 32, 64]
+
+
+def test_a_probe_of_a_hopeless_head_is_short():
+    engine = Engine(Policy(K, GOOD), cost=lambda batch, width: 0.02 * (1 + 0.5 * width)).run(2000, 1, BAD)
+    runs = [len(list(group)) for width, group in groupby(engine.widths[100:]) if width]
+    assert runs and max(runs) <= 14  # 24 drafts where it is not so clear
+
+
+def test_a_machine_that_pauses_now_and_then_does_not_mislead_it():
+    pauses = random.Random(5)
+
+    def pausing(batch: int, width: int) -> float:
+        return step_sec(batch, width) * (10 if pauses.random() < 0.08 else 1)
+
+    engine = Engine(Policy(K, GOOD), cost=pausing)
+    for batch in (1, 2, 4):
+        engine.run(1500, batch, GOOD)
+    assert engine.widths.count(0) < 0.03 * len(engine.widths)
