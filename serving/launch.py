@@ -13,7 +13,7 @@ from typing import Any
 
 from serving.access import key_environment, open_server_warning
 from serving.flags import ServerFlags
-from serving.policy import STATIC, parse_policy
+from serving.policy import AUTO, STATIC, parse_policy
 from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
 from serving.traffic import TrafficLog
@@ -110,7 +110,8 @@ def plan_server(
     if speculative:
         flags.add("--speculative-config", json.dumps(speculative))
         flags.add("--per-request-spec-decode-metrics", "summary")  # what `specdec chat` shows below an answer
-    env |= _add_policy(flags, serve, manifest, target)
+    policy = _policy(serve, speculative, device, user)
+    env |= _add_policy(flags, policy, serve, manifest, target)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
         env=env,
@@ -230,16 +231,34 @@ def _add_limits(
         flags.add("--max-num-batched-tokens", max_model_len + max_num_seqs * step_tokens)
 
 
-def _add_policy(flags: _Flags, serve: ServeConfig, manifest: HeadManifest | None, target: Target) -> dict[str, str]:
+def _policy(serve: ServeConfig, speculative: dict[str, Any] | None, device: Device, user: ServerFlags) -> str:
+    """The policy, or static where another than vLLM's own may not choose K.
+
+    On a GPU static is the default: there vLLM captures graphs for the K that it was started with, and what other K
+    cost without them has not been measured.
+    """
+    policy = serve.policy or (AUTO if device.kind == "cpu" else STATIC)
+    if policy != STATIC:
+        parse_policy(policy)
+    has_table = "num_speculative_tokens_per_batch_size" in (speculative or {})  # what the user wants to decide by
+    # Engines that step in lockstep must draft alike, and each would choose for itself.
+    is_lockstep = (user.get_int("--data-parallel-size") or 1) > 1
+    if has_table or is_lockstep or "--scheduler-cls" in user:
+        return STATIC
+    return policy
+
+
+def _add_policy(
+    flags: _Flags, policy: str, serve: ServeConfig, manifest: HeadManifest | None, target: Target
+) -> dict[str, str]:
     """The scheduler that asks the policy for K and counts what happens, and what both start from."""
-    if serve.policy == STATIC:
+    if policy == STATIC:
         if serve.keep_traffic:
             raise ValueError("keep_traffic needs a policy that sees the requests: serve with --policy auto")
         return {}
-    parse_policy(serve.policy)
     flags.add("--scheduler-cls", SCHEDULER)
     start = {
-        "policy": serve.policy,
+        "policy": policy,
         "conditional_rates": manifest.conditional_rates if manifest else [],
         "think_start": _token_ids(target, "<think>"),
         "think_end": _token_ids(target, "</think>"),

@@ -78,7 +78,7 @@ class ServeConfig:
     port: int = 8000
     speculation: bool = True
     num_speculative_tokens: int | None = None  # None: what the head's manifest says
-    policy: str = "static"  # auto | off | fixed:K; static: vLLM's own scheduler, K at every step
+    policy: str | None = None  # auto | off | fixed:K | static: vLLM's own scheduler; None: auto on CPU, else static
     keep_traffic: str | None = None  # folder for finished requests, as rows to train on; None: nothing is kept
     keep_share: float = 0.1  # of the requests
     keep_gib: float = 1.0

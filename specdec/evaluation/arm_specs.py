@@ -114,6 +114,8 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
     """Arguments of ``specdec serve`` for this arm: the head, settings, and after ``--`` vLLM's own flags."""
     options = spec.options
     arguments = ["--head", options["head"]] if "head" in options else ["--no-speculation"]
+    # An arm is K at every step unless it says otherwise: a figure that depends on its own past is hard to read.
+    arguments += [] if "serve.policy" in options else ["--set", "serve.policy=static"]
     for key, value in options.items():
         if key.startswith(("serve.", "target.")):
             arguments += ["--set", f"{key}={value}"]

@@ -99,7 +99,10 @@ def test_a_measured_server_neither_degrades_nor_restarts_whatever_the_arm_says(h
     for spec in (ArmSpec(name="plain"), ArmSpec(name="spec", options=options)):
         chosen = settings(serve_arguments(spec))
         assert (chosen.require_head, chosen.max_restarts, chosen.drain_sec) == (True, 0, 0)
+        assert chosen.policy == "static"
     assert chosen.max_num_seqs == 2
+    ruled = ArmSpec(name="auto", options={"head": str(head), "serve.policy": "auto"})
+    assert settings(serve_arguments(ruled)).policy == "auto"
 
 
 def test_free_ports_differ():

@@ -263,12 +263,21 @@ def test_our_endpoints_load_and_no_plugin_is_lost():
 
 
 def test_a_policy_brings_its_scheduler_and_what_training_measured():
-    assert "--scheduler-cls" not in plan().argv
-    chosen = plan(policy="auto")
-    assert chosen.argv[chosen.argv.index("--scheduler-cls") + 1] == "serving.scheduler.make_scheduler"
-    assert json.loads(chosen.env["SPECDEC_POLICY"])["policy"] == "auto"
+    for chosen in (plan(), plan(policy="auto", device=CUDA)):
+        assert flag(chosen, "--scheduler-cls") == "serving.scheduler.make_scheduler"
+        assert json.loads(chosen.env["SPECDEC_POLICY"])["policy"] == "auto"
+    assert "--scheduler-cls" not in plan(device=CUDA).argv
     with pytest.raises(ValueError, match="auto, off or fixed:K"):
         plan(policy="sometimes")
+
+
+def test_nobody_else_s_choice_of_k_is_taken_over():
+    table = '{"method": "ngram", "num_speculative_tokens": 3, "num_speculative_tokens_per_batch_size": [[1, 4, 3]]}'
+    for given in (["--speculative-config", table], ["--data-parallel-size=2"], ["--scheduler-cls", "theirs"]):
+        planned = plan(*given)
+        assert "SPECDEC_POLICY" not in planned.env and "serving.scheduler.make_scheduler" not in planned.argv
+    assert "serving.scheduler.make_scheduler" in plan().argv
+    assert "serving.scheduler.make_scheduler" not in plan(policy="static").argv
 
 
 def test_traffic_is_kept_only_when_asked_and_where_it_can_be(tmp_path):
@@ -276,7 +285,7 @@ def test_traffic_is_kept_only_when_asked_and_where_it_can_be(tmp_path):
     kept = json.loads(plan(policy="auto", keep_traffic=str(tmp_path / "rows")).env["SPECDEC_POLICY"])["traffic"]
     assert kept == {"directory": str(tmp_path / "rows"), "share": 0.1, "max_bytes": 2**30}
     with pytest.raises(ValueError, match="--policy auto"):
-        plan(keep_traffic=str(tmp_path))
+        plan(policy="static", keep_traffic=str(tmp_path))
     with pytest.raises(ValueError, match="between 0 and 1"):
         plan(policy="auto", keep_traffic=str(tmp_path), keep_share=2.0)
 
