@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -102,13 +103,29 @@ def speedup(plain_tpot_sec: float, spec_tpot_sec: float) -> float:
 
 
 def bootstrap_ci95(
-    values: Sequence[float], statistic=statistics.median, resamples: int = 2000, seed: int = 0
+    values: Sequence[float],
+    statistic=statistics.median,
+    resamples: int = 2000,
+    seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of ``statistic``; None for fewer than two values."""
-    if len(values) < 2:
+    """Percentile bootstrap interval of ``statistic``; None for fewer than two values.
+
+    With ``clusters``, one for each value, whole clusters are drawn: values that were measured together share what the
+    machine did then, and counting them as independent would make the interval too narrow. None for fewer than three.
+    """
+    groups: list[list[float]] = [[value] for value in values]
+    if clusters is not None:
+        together: dict[Hashable, list[float]] = defaultdict(list)
+        for value, cluster in zip(values, clusters, strict=True):
+            together[cluster].append(value)
+        groups = list(together.values())
+    if len(groups) < (2 if clusters is None else 3):
         return None
     rng = random.Random(seed)
-    draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(resamples))
+    draws = sorted(
+        statistic([value for group in rng.choices(groups, k=len(groups)) for value in group]) for _ in range(resamples)
+    )
     return draws[int(0.025 * resamples)], draws[int(0.975 * resamples) - 1]
 
 

@@ -26,6 +26,14 @@ from specdec.targets import resolve_target
 OUT = Path(__file__).with_name("result.json")
 WORK = Path("runs/crosscheck")
 NUM_TOKENS = 64
+# `vllm bench serve` without vLLM's command line, which does not know the CPU build's package name.
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 FIGURES = ("ttft_sec", "tpot_sec", "throughput_tok_per_sec")
 
 
@@ -61,7 +69,7 @@ def by_vllm_bench(url: str, prompts: Path, target: str, label: str) -> dict[str,
     count = len(prompts.read_text().splitlines())
     name = f"vllm-{label}.json"
     model = str(resolve_target(RunConfig().target).path) if target == RunConfig().target.name else target
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"]
+    command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", target, "--tokenizer", model]
     command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(count)]
     command += ["--custom-output-len", str(NUM_TOKENS), "--max-concurrency", "1", "--temperature", "0"]

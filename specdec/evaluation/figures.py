@@ -223,14 +223,15 @@ def by_task(records: list[Record], value: Callable[[RequestResult], float | None
 
 
 def comparison(baseline: list[BlockRun], other: list[BlockRun]) -> dict[str, Any]:
-    """``other`` against ``baseline``, task by task; intervals are a bootstrap over tasks."""
+    """``other`` against ``baseline``, task by task; intervals are a bootstrap over blocks, which share their moment."""
     ours = [record for run in other for record in run.records]
     theirs = [record for run in baseline for record in run.records]
     ratios = _ratios(theirs, ours, lambda result: result.tpot_sec, speedup)
     taus = _ratios(theirs, ours, lambda result: result.acceptance.acceptance_length, lambda a, b: b / a)
-    interval = bootstrap_ci95(list(ratios.values()))
+    block_of = {record.key: (run.suite, run.block) for run in other for record in run.records}
+    interval = bootstrap_ci95(list(ratios.values()), clusters=[block_of[key] for key in ratios])
     mean_tau = statistics.fmean  # of ratios near one another; a median would hide a loss in few of the tasks
-    tau_interval = bootstrap_ci95(list(taus.values()), statistic=mean_tau)
+    tau_interval = bootstrap_ci95(list(taus.values()), statistic=mean_tau)  # acceptance knows no moment
     rates = []
     for runs in (baseline, other):
         tokens = sum(r.result.num_output_tokens or 0 for run in runs for r in run.records if not r.result.error)

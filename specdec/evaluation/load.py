@@ -117,7 +117,9 @@ def _replay(trace: Sequence[float], rate: float | None, count: int) -> list[floa
 def block_size(arrival: str, concurrency: int, num_tasks: int) -> int:
     """Tasks that go to one arm before the next has its turn.
 
-    As few as the load allows, for drift then hits all arms alike: a few rounds of a closed loop (its ends are less
-    loaded, and a server that idled must be woken first), everything of an open loop.
+    As few as the load allows, for drift then hits all arms alike: one at concurrency 1, a few rounds of a fuller
+    closed loop (its ends are less loaded), everything of an open loop.
     """
-    return num_tasks if arrival != CLOSED else min(num_tasks, 4 * concurrency)
+    if arrival != CLOSED:
+        return num_tasks
+    return 1 if concurrency == 1 else min(num_tasks, 4 * concurrency)

@@ -54,7 +54,7 @@ def build_result(
         "client_cpu_share": _client_cpu_share(measurement.runs),
         "price_per_hour": prices.price_per_hour,
         "slo": {"ttft_sec": prices.slo_ttft_sec, "tpot_sec": prices.slo_tpot_sec} if prices.has_slo else None,
-        "requests": [request_row(record) for record in records],
+        "requests": [{**request_row(record), "block": run.block} for run in measurement.runs for record in run.records],
         "provenance": provenance,
     }
 

@@ -107,14 +107,14 @@ def test_the_arms_take_turns_and_warm_up_is_not_counted(tmp_path):
     asked = [(arm, body["messages"][0]["content"], body["max_tokens"]) for arm, body in order]
     assert [prompt for _, prompt, _ in asked[: 2 * measuring.WARMUP_ROUNDS]] == [WARMUP_PROMPT] * 4
     turns = asked[2 * measuring.WARMUP_ROUNDS :]
-    # 8 prompts twice in blocks of 4: each turn of an arm wakes its server, then measures.
-    blocks = [turns[i : i + 5] for i in range(0, len(turns), 5)]
-    assert len(blocks) == 8 and all(len({arm for arm, _, _ in block}) == 1 for block in blocks)
+    # 8 prompts twice: each turn of an arm wakes its server, then measures.
+    blocks = [turns[i : i + 2] for i in range(0, len(turns), 2)]
+    assert len(blocks) == 32 and all(len({arm for arm, _, _ in block}) == 1 for block in blocks)
     assert all(block[0][1:] == (WARMUP_PROMPT, measuring.WAKING_TOKENS) for block in blocks)
     pairs = zip(blocks[::2], blocks[1::2], strict=True)
     assert all({a[0][0], b[0][0]} == {"plain", "spec"} and a[1][1] == b[1][1] for a, b in pairs)
-    prompts = [prompt for block in blocks[:4:2] for _, prompt, _ in block[1:]]
-    assert sorted(prompts) == sorted(PROMPTS)
+    prompts = [block[1][1] for block in blocks[:16:2]]
+    assert sorted(prompts) == sorted(PROMPTS) and prompts != PROMPTS
 
 
 def test_a_closed_loop_keeps_as_many_in_flight_as_it_says(tmp_path):
@@ -186,7 +186,7 @@ def test_a_failed_warm_up_names_the_arm(tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     plain, spec = FakeServer(), FakeServer(tokens_per_step=3)
-    spec.on_chat = lambda number: number == 6 and os.kill(os.getpid(), signal.SIGINT)
+    spec.on_chat = lambda number: number == 9 and os.kill(os.getpid(), signal.SIGINT)
     config = settings(tmp_path, {"plain": plain, "spec": spec})
     with serving(plain, spec):
         result = evaluate(config, None, tmp_path / "out")

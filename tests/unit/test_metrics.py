@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 
 import pytest
@@ -112,3 +113,15 @@ def test_bootstrap_interval_holds_the_median_and_repeats():
     assert bootstrap_ci95(values) == interval
     assert bootstrap_ci95(values[:1]) is None
     assert bootstrap_ci95([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_values_that_share_their_moment_are_not_counted_as_independent():
+    rng = random.Random(3)
+    moments = [rng.gauss(1, 0.1) for _ in range(8)]
+    values = [moment + rng.gauss(0, 0.01) for moment in moments for _ in range(6)]
+    clusters = [number for number in range(8) for _ in range(6)]
+    low, high = bootstrap_ci95(values, statistics.fmean, clusters=clusters)
+    naive_low, naive_high = bootstrap_ci95(values, statistics.fmean)
+    assert low < naive_low and naive_high < high and high - low > 1.5 * (naive_high - naive_low)
+    assert bootstrap_ci95(values, clusters=[0, 1] * 24) is None
+    assert bootstrap_ci95(values, clusters=range(48)) == bootstrap_ci95(values)
