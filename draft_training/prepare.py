@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import statistics
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draft_training.generate import generate_completions
-from draft_training.prompts import EMBEDDED_TASKS, embedded_prompts
+from draft_training.completions import CompletionLog, Requests, sampling_of
+from draft_training.contamination import load_contamination
+from draft_training.drops import Drops
+from draft_training.endpoints import generate_over_http
+from draft_training.generate import generate_offline
+from draft_training.row_store import held_out_groups, save_split, write_rows
+from draft_training.sources import Example, PromptGroups, describe_source, examples, filter_examples
+from draft_training.tokenizer import load_tokenizer
 from specdec.config import RunConfig, TracesConfig
 from specdec.device import detect_device
 from specdec.record import provenance, text_sha256, write_json_atomic
 from specdec.targets import Target, resolve_target
-from specdec.traces import TokenRow, prompt_ids, read_prompts, read_traces, row_from_ids, tokenize_trace
+from specdec.traces import TokenRow, prompt_ids, row_from_ids, tokenize_trace
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "card.json"
 VAL_PROMPTS_NAME = "val_prompts.jsonl"
 SETTINGS_NAME = "settings.json"
+PLACE_ONLY = ("max_num_seqs", "endpoints", "files", "prompts")  # settings that don't decide what a row holds
+
+IdentifiedRow = tuple[str, TokenRow]  # the example's id, its row
 
 
 def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
@@ -39,58 +46,40 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
     traces = config.traces
     if traces.files and traces.prompts:
         raise ValueError("give trace files or a prompt file, not both: traces are read, prompts are answered")
+    if traces.regenerate and not traces.files:
+        raise ValueError("regenerating needs traces whose prompts it can take; prompts are answered without it")
     target = resolve_target(config.target)
-    settings = _settings(config, target)
+    settings = _settings(traces, target)
     _claim(out_dir, settings)
     card_path = out_dir / CARD_NAME
     if card_path.is_file():
         logger.info("rows are ready in %s", out_dir)
         return json.loads(card_path.read_text())
-    dropped: Counter[str] = Counter()
-    rows = _trace_rows(target, traces) if traces.files else _generated_rows(config, target, out_dir)
-    kept = list(_keep_usable(rows, traces, target, dropped))
-    if len({row.conversation_id for row in kept}) < 2:
-        raise ValueError(f"{len(kept)} usable rows ({dict(dropped)} dropped): training needs two conversations or more")
-    train, val = split_rows(kept, traces.val_fraction, traces.seed)
-    _save_rows(train, out_dir / "train")
-    _save_rows(val, out_dir / "val")
-    val_prompts = dict.fromkeys(row.prompt for row in val)
-    (out_dir / VAL_PROMPTS_NAME).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in val_prompts))
+    drops, groups = Drops(), PromptGroups()
+    contamination = load_contamination(traces.decontaminate, traces.decontaminate_words)
+    kept = filter_examples(examples(traces, drops), contamination, groups, drops)
+    on_policy = traces.regenerate or not traces.files
+    rows = _answered_rows(config, target, kept, out_dir, drops) if on_policy else _trace_rows(target, kept)
+    usable = islice(_keep_usable(rows, traces, target, drops), traces.max_rows)
+    splits = _write_splits((row for _, row in usable), groups, traces, out_dir, drops)
+    drops.log()
     card = {
-        "on_policy": not traces.files,
+        "on_policy": on_policy,
         "settings": settings,
-        "splits": {"train": _describe(train), "val": _describe(val)},
-        "dropped": dict(dropped),
+        "splits": splits,
+        "dropped": drops.to_dict(),
+        "benchmarks": contamination.sizes,
         "provenance": provenance(target=target.name),
     }
     write_json_atomic(card_path, card)  # last: its presence says that the rows are complete
     return card
 
 
-def _settings(config: RunConfig, target: Target) -> dict[str, Any]:
+def _settings(traces: TracesConfig, target: Target) -> dict[str, Any]:
     """What decides the rows' content; another value needs another directory."""
-    traces = dataclasses.asdict(config.traces)
-    traces.pop("max_num_seqs")
-    if config.traces.temperature is None:
-        traces["temperature"] = target.sampling.get("temperature")
-    if config.traces.top_p is None:
-        traces["top_p"] = target.sampling.get("top_p")
-    if config.traces.files:
-        files = {Path(file).name: hashlib.sha256(_read_bytes(file)).hexdigest() for file in config.traces.files}
-        source: Any = {"traces": files}
-    elif config.traces.prompts:
-        source = {"prompts": hashlib.sha256(_read_bytes(config.traces.prompts)).hexdigest()}
-    else:
-        source = {"tasks": list(EMBEDDED_TASKS)}
-    traces.pop("files"), traces.pop("prompts")
-    return {"target": dataclasses.asdict(target.fingerprint()), "source": source, **traces}
-
-
-def _read_bytes(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; check the path") from error
+    content = {key: value for key, value in dataclasses.asdict(traces).items() if key not in PLACE_ONLY}
+    content["temperature"], content["top_p"] = sampling_of(target, traces)
+    return {"target": dataclasses.asdict(target.fingerprint()), "source": describe_source(traces), **content}
 
 
 def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
@@ -105,99 +94,77 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
         write_json_atomic(path, settings)
 
 
-def load_tokenizer(target: Target) -> Any:
-    """The target's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(target.path)
-
-
-def _trace_rows(target: Target, traces: TracesConfig) -> Iterable[TokenRow]:
+def _trace_rows(target: Target, kept: Iterator[Example]) -> Iterator[IdentifiedRow]:
     tokenizer = load_tokenizer(target)
-    for file in traces.files:
-        for trace in read_traces(Path(file)):
-            yield tokenize_trace(tokenizer, trace)
+    for example in kept:
+        assert example.trace is not None
+        try:
+            yield example.id, tokenize_trace(tokenizer, example.trace)
+        except ValueError as error:
+            raise ValueError(f"row {example.id}: {error}") from error
 
 
-def _generated_rows(config: RunConfig, target: Target, out_dir: Path) -> Iterable[TokenRow]:
+def _answered_rows(
+    config: RunConfig, target: Target, kept: Iterator[Example], out_dir: Path, drops: Drops
+) -> Iterator[IdentifiedRow]:
+    """The target's own completions. All prompts are held in memory: the engine wants to choose their order."""
     traces = config.traces
     tokenizer = load_tokenizer(target)
-    if traces.prompts:
-        prompts = read_prompts(Path(traces.prompts))
-    else:
-        prompts = embedded_prompts(traces.num_prompts, traces.seed)
-    requests = {prompt: prompt_ids(tokenizer, prompt) for prompt in prompts}
-    device = detect_device()
-    dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
-    finished = generate_completions(target, dtype, device, traces, requests, out_dir / "completions.jsonl")
-    for prompt in requests:
-        item = finished[text_sha256(prompt)]
-        yield row_from_ids(tokenizer, prompt, item["prompt_ids"], item["completion_ids"])
+    requests: Requests = {}
+    identities: dict[str, str] = {}
+    for example in kept:
+        ids = prompt_ids(tokenizer, example.prompt)
+        if len(ids) >= target.max_position_embeddings:
+            drops.add("prompt fills the target's context", example.id)
+            continue
+        requests[example.prompt], identities[example.prompt] = ids, example.id
+        if len(requests) == traces.max_rows:
+            break
+    log = CompletionLog(out_dir / "completions.jsonl")
+    missing = log.missing(requests)
+    if len(missing) < len(requests):
+        logger.info("resuming: %d of %d completions are there", len(requests) - len(missing), len(requests))
+    if missing and traces.endpoints:
+        generate_over_http(target, traces, missing, log)
+    elif missing:
+        device = detect_device()
+        dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
+        generate_offline(target, dtype, device, traces, missing, log)
+    for prompt, identity in identities.items():
+        item = log.finished[text_sha256(prompt)]
+        yield identity, row_from_ids(tokenizer, prompt, item["prompt_ids"], item["completion_ids"])
 
 
 def _keep_usable(
-    rows: Iterable[TokenRow], traces: TracesConfig, target: Target, dropped: Counter[str]
-) -> Iterable[TokenRow]:
-    longest = min(traces.max_length, target.max_position_embeddings)
-    for row in rows:
-        if len(row.input_ids) > longest:
-            dropped[f"longer than {longest} tokens"] += 1
+    rows: Iterator[IdentifiedRow], traces: TracesConfig, target: Target, drops: Drops
+) -> Iterator[IdentifiedRow]:
+    """Rows that fit; none is ever cut."""
+    context = target.max_position_embeddings
+    for identity, row in rows:
+        if len(row.input_ids) > context:
+            drops.add(f"longer than the target's context of {context} tokens", identity)
+        elif len(row.input_ids) > traces.max_length:
+            drops.add(f"longer than traces.max_length of {traces.max_length} tokens", identity)
         elif row.num_completion_tokens < 3:
-            dropped["fewer than 3 completion tokens"] += 1
+            drops.add("fewer than 3 completion tokens", identity)
         else:
-            yield row
-    for reason, count in dropped.items():
-        logger.warning("dropped %d rows: %s", count, reason)
+            yield identity, row
 
 
-def split_rows(rows: list[TokenRow], val_fraction: float, seed: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    """Split by conversation, so that no prompt is on both sides; at least one conversation on each."""
-    order = sorted({row.conversation_id for row in rows}, key=lambda identity: text_sha256(str(seed), identity))
-    num_val = min(max(1, round(val_fraction * len(order))), len(order) - 1)
-    held_out = set(order[:num_val])
-    train = [row for row in rows if row.conversation_id not in held_out]
-    val = [row for row in rows if row.conversation_id in held_out]
-    return train, val
-
-
-def _save_rows(rows: list[TokenRow], directory: Path) -> None:
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(TokenRow)}
-    Dataset.from_dict(columns).save_to_disk(directory)
-
-
-def load_rows(directory: Path) -> list[TokenRow]:
-    """Rows of one split.
-
-    Raises:
-        ValueError: not a directory that ``prepare`` wrote.
-    """
-    from datasets import load_from_disk
-
-    try:
-        table = load_from_disk(str(directory))
-    except Exception as error:  # datasets raises its own kinds for missing and damaged files
-        raise ValueError(f"{directory} holds no rows ({error}); make them with `specdec prepare`") from error
-    rows = []
-    for item in table.to_list():
-        for span in ("prompt_span", "think_span", "answer_span"):
-            item[span] = tuple(item[span])
-        rows.append(TokenRow(**item))
-    return rows
-
-
-def _describe(rows: list[TokenRow]) -> dict[str, Any]:
-    lengths = sorted(len(row.input_ids) for row in rows)
-    digest = hashlib.sha256(json.dumps([row.input_ids for row in rows]).encode()).hexdigest()
-    return {
-        "rows": len(rows),
-        "conversations": len({row.conversation_id for row in rows}),
-        "tokens": sum(lengths),
-        "completion_tokens": sum(row.num_completion_tokens for row in rows),
-        "think_tokens": sum(row.think_span[1] - row.think_span[0] for row in rows),
-        "length_median": statistics.median(lengths) if lengths else None,
-        "length_max": lengths[-1] if lengths else None,
-        "input_ids_sha256": digest,
-    }
+def _write_splits(
+    rows: Iterator[TokenRow], groups: PromptGroups, traces: TracesConfig, out_dir: Path, drops: Drops
+) -> dict[str, Any]:
+    whole = out_dir / "rows.arrow"
+    table = write_rows(rows, whole)
+    group_of_row = [groups.group_of(identity) for identity in table["conversation_id"]] if len(table) else []
+    if len(set(group_of_row)) < 2:
+        raise ValueError(f"{len(table)} usable rows: training needs two different conversations; {drops.summary()}")
+    held_out = held_out_groups(group_of_row, traces.val_fraction, traces.seed)
+    numbers: dict[str, list[int]] = {"train": [], "val": []}
+    for number, group in enumerate(group_of_row):
+        numbers["val" if group in held_out else "train"].append(number)
+    splits = {name: save_split(table, numbers[name], out_dir / name) for name in numbers}
+    val_prompts = dict.fromkeys(table.select(numbers["val"])["prompt"])
+    (out_dir / VAL_PROMPTS_NAME).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in val_prompts))
+    whole.unlink()
+    return splits

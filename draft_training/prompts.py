@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from specdec.evaluation.suites.base import BOXED_DIRECTIVE
+
 EMBEDDED_TASKS = ("gsm_symbolic", "leg_counting", "simple_equations", "basic_arithmetic", "lcm", "time_intervals")
-DIRECTIVE = "Please reason step by step, and put your final answer within \\boxed{}."  # DeepSeek's for maths
 
 
 def embedded_prompts(num_prompts: int, seed: int) -> list[str]:
@@ -14,7 +15,7 @@ def embedded_prompts(num_prompts: int, seed: int) -> list[str]:
     columns = []
     for task in EMBEDDED_TASKS:
         dataset = reasoning_gym.create_dataset(task, size=2 * per_task, seed=seed)
-        unique = dict.fromkeys(f"{dataset[i]['question'].strip()}\n\n{DIRECTIVE}" for i in range(len(dataset)))
+        unique = dict.fromkeys(f"{dataset[i]['question'].strip()}\n\n{BOXED_DIRECTIVE}" for i in range(len(dataset)))
         columns.append(list(unique)[:per_task])
     turns = [column[i] for i in range(per_task) for column in columns if i < len(column)]
     return turns[:num_prompts]

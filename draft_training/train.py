@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from draft_training.heads import HeadSpec, load_head
-from draft_training.prepare import CARD_NAME, load_rows, prepare
+from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
+from draft_training.row_store import load_rows
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
 from specdec.manifest import HeadManifest
@@ -23,10 +24,11 @@ from specdec.traces import TokenRow
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, source: Path | None, out_dir: Path) -> HeadManifest:
+def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadManifest:
     """Train ``config.head`` for ``config.target`` and export it to ``out_dir``.
 
-    ``source`` is a trace file, or a directory of rows that ``prepare`` made; None: rows of ``config.traces``.
+    ``source`` is whatever ``traces.files`` may name, or a directory of rows that ``prepare`` made; None: rows of
+    ``config.traces``.
     Running it again continues an interrupted run, and returns at once when the run is complete.
 
     Raises:
@@ -50,11 +52,12 @@ def train(config: RunConfig, source: Path | None, out_dir: Path) -> HeadManifest
     return _train_rows(config, spec, options, target, aux_layer_ids, splits, card["on_policy"], identity, out_dir)
 
 
-def _rows_directory(config: RunConfig, source: Path | None, out_dir: Path) -> Path:
-    if source is not None and source.is_dir():
-        if not (source / CARD_NAME).is_file():
-            raise ValueError(f"{source} holds no {CARD_NAME}: no finished `specdec prepare` directory; run that first")
-        return source
+def _rows_directory(config: RunConfig, source: str | Path | None, out_dir: Path) -> Path:
+    made = Path(source) if source is not None else None
+    if made is not None and (made / CARD_NAME).is_file():
+        return made
+    if made is not None and ((made / SETTINGS_NAME).is_file() or (made.is_dir() and not any(made.iterdir()))):
+        raise ValueError(f"{made} holds no {CARD_NAME}: no finished `specdec prepare` directory; run that first")
     if source is not None:
         config.traces.files = [str(source)]
     rows_dir = out_dir / "rows"

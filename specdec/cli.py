@@ -66,8 +66,15 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 def prepare(
     out: Out,
     target: Target = None,
-    traces: Annotated[list[Path] | None, typer.Option(help="Reasoning traces (JSONL); may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts for the target to answer (JSONL or text).")] = None,
+    traces: Annotated[
+        list[str] | None, typer.Option(help="Reasoning traces: file, folder or hf:ORG/NAME; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts for the target to answer, in any of these forms.")
+    ] = None,
+    regenerate: Annotated[
+        bool, typer.Option("--regenerate", help="Let the target answer the prompts of the traces itself.")
+    ] = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -75,10 +82,9 @@ def prepare(
     from draft_training.prepare import prepare as run_prepare
 
     run = _load(config, overrides, target)
-    if traces:
-        run.traces.files = [str(path) for path in traces]
-    if prompts:
-        run.traces.prompts = str(prompts)
+    run.traces.files = traces or run.traces.files
+    run.traces.prompts = prompts or run.traces.prompts
+    run.traces.regenerate = run.traces.regenerate or regenerate
     card = run_prepare(run, out)
     _echo_json({"rows": str(out), "splits": card["splits"], "dropped": card["dropped"]})
 
@@ -87,7 +93,9 @@ def prepare(
 def train(
     out: Out,
     target: Target = None,
-    traces: Annotated[Path | None, typer.Option(help="Trace file (JSONL) or a `specdec prepare` directory.")] = None,
+    traces: Annotated[
+        str | None, typer.Option(help="Traces (file, folder or hf:ORG/NAME), or a `specdec prepare` directory.")
+    ] = None,
     head: Annotated[
         str | None, typer.Option("--head", help="Draft architecture: eagle3, peagle, eagle or medusa.")
     ] = None,

@@ -30,8 +30,14 @@ class TargetConfig:
 class TracesConfig:
     """Where rows come from. Exactly one of ``files`` and ``prompts`` is read; neither: the embedded mix."""
 
-    files: list[str] = field(default_factory=list)  # existing reasoning traces, JSONL
-    prompts: str | None = None  # a file of prompts that the target answers itself
+    files: list[str] = field(default_factory=list)  # existing reasoning traces: files, folders, hf:ORG/NAME
+    prompts: str | None = None  # prompts that the target answers itself: file, folder, hf:ORG/NAME
+    regenerate: bool = False  # take the prompts of the traces alone and let the target answer them
+    endpoints: list[str] = field(default_factory=list)  # running vLLM servers of the target that share the prompts
+    generations_per_prompt: int = 1  # of rows that hold several, those marked correct
+    max_rows: int | None = None  # stop after so many usable rows
+    decontaminate: list[str] = field(default_factory=list)  # suites or files whose problems must not occur
+    decontaminate_words: int = 13  # length of the word n-grams that must not be shared; shorter texts match whole
     num_prompts: int = 560  # of the embedded task mix
     max_new_tokens: int = 128
     temperature: float | None = None  # None: the target's own generation config
@@ -39,7 +45,7 @@ class TracesConfig:
     seed: int = 0
     val_fraction: float = 0.06
     max_length: int = 4096  # longer rows are refused, never cut
-    max_num_seqs: int = 64
+    max_num_seqs: int = 64  # answered at once, by each endpoint
 
 
 @dataclass(kw_only=True, slots=True)

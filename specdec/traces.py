@@ -7,19 +7,14 @@ through an R1 chat template instead would delete the reasoning: those templates 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import unicodedata
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from specdec import r1
 from specdec.record import text_sha256
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-PROMPT_FIELDS = ("problem", "question", "prompt", "instruction")
-REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")
-RESPONSE_FIELDS = ("response", "solution", "output", "answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,82 +48,6 @@ class TokenRow:
         return len(self.input_ids) - self.prompt_span[1]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object), blank lines skipped.
-
-    Raises:
-        ValueError: missing or empty file, or a line that is no JSON object; the line number is in the message.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass a JSON Lines file")
-    found = False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not JSON ({error.msg}); fix or remove the line") from error
-            if not isinstance(item, dict):
-                raise ValueError(f"{path} line {number}: want a JSON object, got {type(item).__name__}")
-            found = True
-            yield number, item
-    if not found:
-        raise ValueError(f"{path} is empty; it needs one JSON object a line")
-
-
-def _first_text(item: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((item[name] for name in names if isinstance(item.get(name), str)), None)
-
-
-def read_traces(path: Path) -> Iterator[ReasoningTrace]:
-    """Read existing traces: ``problem``/``reasoning``/``response`` and their usual synonyms.
-
-    Raises:
-        ValueError: a line without prompt or response, or whose think tag never closes, by line number.
-    """
-    for number, item in read_jsonl(path):
-        prompt = _first_text(item, PROMPT_FIELDS)
-        reasoning = _first_text(item, REASONING_FIELDS)
-        response = _first_text(item, RESPONSE_FIELDS)
-        if not prompt or response is None:
-            raise ValueError(
-                f"{path} line {number}: needs a prompt ({'/'.join(PROMPT_FIELDS)}) and a response "
-                f"({'/'.join(RESPONSE_FIELDS)}), has {sorted(item)}"
-            )
-        if reasoning is None and THINK_OPEN in response:
-            body, close, response = response.partition(THINK_CLOSE)
-            if not close:
-                raise ValueError(f"{path} line {number}: {THINK_OPEN} never closes; drop or complete this trace")
-            reasoning = body.partition(THINK_OPEN)[2]
-        if not (reasoning or response).strip():
-            raise ValueError(f"{path} line {number}: the completion is empty")
-        yield ReasoningTrace(prompt=prompt, reasoning=(reasoning or "").strip(), response=response.strip())
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file (``prompt`` or a synonym a line) or of a text file (one a line).
-
-    Raises:
-        ValueError: empty file, or a malformed line by number.
-    """
-    if path.suffix == ".jsonl":
-        prompts = []
-        for number, item in read_jsonl(path):
-            prompt = _first_text(item, PROMPT_FIELDS)
-            if not prompt or not prompt.strip():
-                raise ValueError(f"{path} line {number}: no prompt; want one of {', '.join(PROMPT_FIELDS)}")
-            prompts.append(prompt)
-        return prompts
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass a .jsonl or a text file of prompts")
-    prompts = [line.strip() for line in path.read_text().split("\n") if line.strip()]  # U+2028 may be in one
-    if not prompts:
-        raise ValueError(f"{path} is empty; it needs one prompt a line")
-    return prompts
-
-
 def render_prompt(tokenizer: Any, prompt: str) -> str:
     """The generation prompt of one user turn: what ``/v1/chat/completions`` feeds the target.
 
@@ -147,7 +66,11 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def tokenize_trace(tokenizer: Any, trace: ReasoningTrace) -> TokenRow:
-    """Ids and spans of a trace given as text (off-policy unless the target wrote it)."""
+    """Ids and spans of a trace given as text (off-policy unless the target wrote it).
+
+    Raises:
+        ValueError: nothing to learn from, or the reasoning is not in the ids that were made of it.
+    """
     rendered = render_prompt(tokenizer, trace.prompt)
     prefix = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     thinking = ""
@@ -159,12 +82,33 @@ def tokenize_trace(tokenizer: Any, trace: ReasoningTrace) -> TokenRow:
     encoded = tokenizer(thinking + answer, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     num_think = next((i for i, (start, _) in enumerate(offsets) if start >= len(thinking)), len(ids)) if thinking else 0
+    if not ids:
+        raise ValueError("the completion is empty: nothing would be learnt from it")
+    if _squeezed(trace.reasoning) not in _squeezed(tokenizer.decode(ids[:num_think])):
+        raise ValueError("the reasoning vanished: decoding its tokens does not give its text back")
     return _row(trace.prompt, prefix, [*ids, tokenizer.eos_token_id], num_think)
 
 
+def _squeezed(text: str) -> str:
+    """Without white space and typographic variants, which tokenizers may normalise."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
 def row_from_ids(tokenizer: Any, prompt: str, prefix: list[int], completion: list[int]) -> TokenRow:
-    """A row from the target's own tokens, exactly as it produced them."""
-    return _row(prompt, prefix, completion, _num_think_tokens(tokenizer, completion))
+    """A row from the target's own tokens, exactly as it produced them.
+
+    A completion that was cut while it was still thinking is all thinking.
+    """
+    num_think = _num_think_tokens(tokenizer, completion)
+    if not num_think and _still_thinking(tokenizer, prefix, completion):
+        num_think = len(completion)
+    return _row(prompt, prefix, completion, num_think)
+
+
+def _still_thinking(tokenizer: Any, prefix: list[int], completion: list[int]) -> bool:
+    """Whether a think tag is open that the completion does not close."""
+    opened_before = tokenizer.decode(prefix[-8:]).rstrip().endswith(THINK_OPEN)
+    return opened_before or tokenizer.decode(completion[:16]).lstrip().startswith(THINK_OPEN)
 
 
 def _num_think_tokens(tokenizer: Any, completion: list[int]) -> int:

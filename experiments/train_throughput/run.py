@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import load_head
-from draft_training.prepare import load_rows
+from draft_training.row_store import load_rows
 from draft_training.train import choose_draft_tokens
 from draft_training.trainer import Trainer
 from specdec.config import from_dict, load_config

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdec.traces import read_jsonl
+from specdec.rows import read_rows
 
 CLOSED = "closed"
 USAGE = "arrival is closed, poisson, gamma:SHAPE or trace:FILE"
@@ -64,27 +64,26 @@ def trace_offsets(path: Path) -> list[float]:
         raise ValueError(f"the arrival trace {path} does not exist")
     times = []
     if path.suffix == ".jsonl":
-        for number, item in read_jsonl(path):
-            value = next((item[name] for name in TRACE_FIELDS if name in item), None)
-            times.append(_seconds(value, path, number))
+        for where, item in read_rows(path):
+            times.append(_seconds(next((item[name] for name in TRACE_FIELDS if name in item), None), where))
     else:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.strip():
-                times.append(_seconds(line, path, number))
+                times.append(_seconds(line, f"{path} line {number}"))
     if not times:
         raise ValueError(f"the arrival trace {path} is empty")
     times.sort()
     return [time - times[0] for time in times]
 
 
-def _seconds(value: object, path: Path, number: int) -> float:
+def _seconds(value: object, where: str) -> float:
     try:
         seconds = float(value)  # type: ignore[arg-type]
         if math.isfinite(seconds):
             return seconds
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{path} line {number}: no time; want seconds in one of {', '.join(TRACE_FIELDS)}")
+    raise ValueError(f"{where}: no time; want seconds in one of {', '.join(TRACE_FIELDS)}")
 
 
 def offsets(arrival: str, rate: float | None, count: int, seed: str) -> list[float] | None:

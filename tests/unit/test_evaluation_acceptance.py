@@ -6,7 +6,6 @@ import pytest
 
 from specdec.evaluation import acceptance
 from specdec.metrics import AcceptanceCounts, first_divergence, percentile
-from specdec.traces import read_prompts
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -58,32 +57,6 @@ def test_trained_acceptance_needs_every_prompt_and_clips_to_the_served_width():
     assert narrower.acceptance_length == pytest.approx(1 + 5 / 4)
     assert acceptance.trained_acceptance(by_prompt, ["a", "c"], 3, 3)[0] is None
     assert "K=4" in acceptance.trained_acceptance(by_prompt, ["a"], 3, 4)[1]
-
-
-def test_prompts_from_jsonl_and_text(tmp_path):
-    jsonl = tmp_path / "p.jsonl"
-    jsonl.write_text('{"prompt": "one\u2028still one"}\n\n{"problem": "two", "answer": 2}\n{"question": "three"}\n')
-    assert read_prompts(jsonl) == ["one\u2028still one", "two", "three"]
-    text = tmp_path / "p.txt"
-    text.write_text("first\n\nsecond\n")
-    assert read_prompts(text) == ["first", "second"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
-        ('{"prompt": "a"}\n[1]', "line 2: want a JSON object"),
-        ('{"text": "a"}', "line 1: no prompt"),
-        ('{"prompt": 3}', "line 1: no prompt"),
-    ],
-)
-def test_bad_prompt_files_name_the_line(tmp_path, content, message):
-    path = tmp_path / "p.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(path)
 
 
 def test_engine_steps_are_a_difference_of_two_pages():

@@ -1,16 +1,16 @@
-"""Text to ids: nothing of the reasoning is lost, the mask covers the completion, bad lines are named."""
+"""Text to ids: nothing of the reasoning is lost, the mask covers the completion."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import random
 from pathlib import Path
 
 import pytest
 
-from specdec.traces import ReasoningTrace, prompt_ids, read_prompts, read_traces, row_from_ids, tokenize_trace
+from specdec.conventions import traces_of
+from specdec.rows import read_rows
+from specdec.traces import ReasoningTrace, prompt_ids, row_from_ids, tokenize_trace
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -54,47 +54,35 @@ def test_rows_from_ids_keep_the_ids_and_find_the_end_of_thinking():
     assert span_text(row, row.think_span) == "Hm.\n</think>"
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{broken", "line 2: not JSON"),
-        ("[1]", "line 2: want a JSON object"),
-        ('{"problem": "x"}', "line 2: needs a prompt"),
-        ('{"problem": "x", "response": "<think> never closed"}', "line 2: <think> never closes"),
-        ('{"problem": "x", "reasoning": " ", "response": ""}', "line 2: the completion is empty"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line, complaint):
-    path = tmp_path / "traces.jsonl"
-    path.write_text('{"problem": "a", "reasoning": "b", "response": "c"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=complaint):
-        list(read_traces(path))
+def test_a_completion_cut_while_thinking_is_all_thinking():
+    prefix = prompt_ids(TOKENIZER, "Hi")
+    cut = TOKENIZER("Hm, let me", add_special_tokens=False)["input_ids"]
+    row = row_from_ids(TOKENIZER, "Hi", prefix, cut)
+    assert row.think_span == (len(prefix), len(row.input_ids)) and row.answer_span[0] == row.answer_span[1]
 
 
-def test_empty_and_missing_files_are_refused(tmp_path: Path):
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    with pytest.raises(ValueError, match="is empty"):
-        list(read_traces(empty))
-    with pytest.raises(ValueError, match="does not exist"):
-        list(read_traces(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match="is empty"):
-        read_prompts(empty)
+def test_reasoning_that_the_ids_lost_and_an_empty_mask_are_refused():
+    class Forgetful:
+        """A tokenizer whose vocabulary has no digits: they become nothing."""
 
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
 
-def test_tags_inside_the_response_are_taken_apart(tmp_path: Path):
-    path = tmp_path / "traces.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "response": "<think>\nwhy\n</think>\n\nbecause"}) + "\n")
-    assert list(read_traces(path)) == [ReasoningTrace(prompt="p", reasoning="why", response="because")]
+        def __call__(self, text, **options):
+            return TOKENIZER("".join(c for c in text if not c.isdigit()), **options)
+
+    with pytest.raises(ValueError, match="the reasoning vanished"):
+        tokenize_trace(Forgetful(), ReasoningTrace(prompt="Hi", reasoning="1 and 2", response="3"))
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        tokenize_trace(TOKENIZER, ReasoningTrace(prompt="Hi", reasoning="", response=""))
 
 
 @pytest.mark.data
-def test_real_r1_traces_survive_decoding(tmp_path: Path):
-    with gzip.open(Path(os.environ["SPECDEC_DATA_DIR"]) / "r1_traces.jsonl.gz", "rt") as file:
-        lines = file.readlines()
-    path = tmp_path / "traces.jsonl"
-    path.write_text("".join(random.Random(0).sample(lines, 50)))
-    for trace in read_traces(path):
+def test_real_r1_traces_survive_decoding():
+    rows = list(read_rows(Path(os.environ["SPECDEC_DATA_DIR"]) / "r1_traces.jsonl.gz"))
+    for _, item in random.Random(0).sample(rows, 50):
+        (trace,) = traces_of(item)
+        assert (trace.prompt, trace.reasoning) == (item["problem"], item["reasoning"].strip())
         row = tokenize_trace(TOKENIZER, trace)
         completion = TOKENIZER.decode([t for t, m in zip(row.input_ids, row.loss_mask, strict=True) if m])
         assert completion == f"{trace.reasoning}\n</think>\n\n{trace.response}<eos>"

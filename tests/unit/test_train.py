@@ -14,8 +14,9 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from draft_training.generate import load_completions
-from draft_training.prepare import load_rows, prepare, split_rows
+from draft_training.completions import load_completions
+from draft_training.prepare import prepare
+from draft_training.row_store import load_rows
 from draft_training.train import choose_draft_tokens, train
 from draft_training.trainer import learning_rate_factor
 from specdec.cli import app
@@ -50,7 +51,9 @@ def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
     drafts = sum(len(accepted) for accepted in manifest.acceptance_by_prompt.values())
     assert drafts == manifest.acceptance["num_drafts"]
     card = json.loads((tmp_path / "rows" / "card.json").read_text())
-    assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 13
+    card_example = f"{workspace / 'traces.jsonl'} line 13"
+    assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 12
+    assert card["dropped"] == {"near-duplicate of an earlier row": {"rows": 1, "examples": [card_example]}}
     assert card["splits"]["val"]["conversations"] == 3
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
     assert train(config_for(workspace), workspace / "traces.jsonl", tmp_path) == manifest
@@ -134,7 +137,8 @@ def test_long_rows_are_dropped_and_counted_never_cut(workspace, tmp_path):
     lengths = [len(row.input_ids) for name in ("train", "val") for row in load_rows(tmp_path / "all" / name)]
     config.traces.max_length = max(lengths) - 1
     card = prepare(config, tmp_path / "short")
-    assert card["dropped"] == {f"longer than {max(lengths) - 1} tokens": lengths.count(max(lengths))}
+    dropped = card["dropped"][f"longer than traces.max_length of {max(lengths) - 1} tokens"]
+    assert dropped["rows"] == lengths.count(max(lengths)) and "traces.jsonl line" in dropped["examples"][0]
     kept = [len(row.input_ids) for name in ("train", "val") for row in load_rows(tmp_path / "short" / name)]
     assert sorted(kept) == sorted(length for length in lengths if length < max(lengths))
 
@@ -151,13 +155,6 @@ def test_rows_of_other_settings_are_kept(workspace, tmp_path):
 def row(prompt: str, completion: list[int]) -> TokenRow:
     spans = {"prompt_span": (0, 1), "think_span": (1, 1), "answer_span": (1, 1 + len(completion))}
     return TokenRow(conversation_id=prompt, prompt=prompt, input_ids=[9, *completion], **spans)
-
-
-def test_a_conversation_is_on_one_side_of_the_split():
-    rows = [row(str(i % 5), [1, 2, 3]) for i in range(20)]
-    train_rows, val_rows = split_rows(rows, 0.4, seed=0)
-    assert {r.prompt for r in train_rows}.isdisjoint({r.prompt for r in val_rows})
-    assert len({r.prompt for r in val_rows}) == 2 and len(train_rows) + len(val_rows) == 20
 
 
 def test_draft_tokens_are_the_frequent_ones_then_the_lowest():

@@ -1,15 +1,11 @@
-"""What a suite is made of, and how its rows are read and drawn."""
+"""What a suite is made of, and how a part of it is drawn."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from specdec.record import text_sha256
@@ -68,50 +64,6 @@ def answer_text(response: str) -> str | None:
     if THINK_OPEN in (tail if close else response):
         return None
     return tail.strip() if close else response.strip()
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("FILE line N", object) of a JSON Lines file, which may be gzipped; blank lines are skipped.
-
-    Raises:
-        ValueError: a missing, unreadable or empty file, or a line that is no JSON object.
-    """
-    found = False
-    for where, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}); fix or remove the line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: want a JSON object, got {type(row).__name__}")
-        found = True
-        yield where, row
-    if not found:
-        raise ValueError(f"{path} is empty; it needs one JSON object a line")
-
-
-def read_text_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same for a text file with one prompt a line."""
-    found = False
-    for where, line in _lines(path):
-        found = True
-        yield where, {"prompt": line.strip()}
-    if not found:
-        raise ValueError(f"{path} is empty; it needs one prompt a line")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass a .jsonl, .jsonl.gz or .txt file")
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path} line {number}", line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} after line {number}: {error}; want UTF-8 text, gzipped if it ends in .gz") from error
 
 
 def refuse_duplicate_ids(items: Iterable[Item], source: str) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from specdec.conventions import ID_FIELDS, PROMPT_FIELDS, first
 from specdec.evaluation.suites.base import BOXED_DIRECTIVE, Checker, Item
 from specdec.evaluation.suites.code import check_code
 from specdec.evaluation.suites.maths import check_maths
-from specdec.traces import PROMPT_FIELDS
+from specdec.hub_rows import HubName
+from specdec.rows import Row
 
-Row = dict[str, Any]
-ID_FIELDS = ("id", "task_id", "unique_id", "question_id", "prompt_id", "ID")
 CATEGORY_FIELDS = ("category", "subject")
 CODE_DIRECTIVE = "Complete the following Python function. Give the whole function in one ```python code block."
 # Spec-Bench took these from MT-bench and counts them as one of its six tasks.
@@ -23,27 +22,13 @@ MT_BENCH_CATEGORIES = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HubSource:
-    """A data set of Hugging Face's hub, as ``datasets.load_dataset`` names it."""
-
-    dataset: str
-    config: str | None = None
-    split: str | None = None  # None: test, or else the only one
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SuiteRecipe:
     """How to get a suite. ``to_item`` takes (suite, where, row number, row)."""
 
     to_item: Callable[[str, str, int, Row], Item]
     check: Checker | None
-    hub: tuple[HubSource, ...] = ()  # tried in this order
+    hub: tuple[HubName, ...] = ()  # tried in this order
     balanced: bool = False  # over categories, when a part is drawn
-
-
-def first(row: Row, names: tuple[str, ...]) -> Any:
-    """The first of the fields that the row has and that is not null."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def prompt_of(where: str, row: Row) -> str:
@@ -52,7 +37,7 @@ def prompt_of(where: str, row: Row) -> str:
     Raises:
         ValueError: there is none, or it is no text.
     """
-    prompt = first(row, (*PROMPT_FIELDS, "Problem", "Question"))
+    prompt = first(row, PROMPT_FIELDS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: no prompt; want text in one of {', '.join(PROMPT_FIELDS)}, has {sorted(row)}")
     return prompt
@@ -140,34 +125,34 @@ def spec_bench_item(suite: str, where: str, number: int, row: Row) -> Item:
 
 RECIPES: dict[str, SuiteRecipe] = {
     "gsm8k": SuiteRecipe(
-        to_item=maths_item, check=check_maths, hub=(HubSource(dataset="openai/gsm8k", config="main", split="test"),)
+        to_item=maths_item, check=check_maths, hub=(HubName(dataset="openai/gsm8k", config="main", split="test"),)
     ),
     "math500": SuiteRecipe(
-        to_item=maths_item, check=check_maths, hub=(HubSource(dataset="HuggingFaceH4/MATH-500", split="test"),)
+        to_item=maths_item, check=check_maths, hub=(HubName(dataset="HuggingFaceH4/MATH-500", split="test"),)
     ),
     "aime24": SuiteRecipe(
         to_item=maths_item,
         check=check_maths,
         hub=(
-            HubSource(dataset="HuggingFaceH4/aime_2024", split="train"),
-            HubSource(dataset="Maxwell-Jia/AIME_2024", split="train"),
+            HubName(dataset="HuggingFaceH4/aime_2024", split="train"),
+            HubName(dataset="Maxwell-Jia/AIME_2024", split="train"),
         ),
     ),
     "aime25": SuiteRecipe(
         to_item=maths_item,
         check=check_maths,
         hub=(
-            HubSource(dataset="math-ai/aime25", split="test"),
-            HubSource(dataset="yentinglin/aime_2025", split="train"),
+            HubName(dataset="math-ai/aime25", split="test"),
+            HubName(dataset="yentinglin/aime_2025", split="train"),
         ),
     ),
     "humaneval": SuiteRecipe(
-        to_item=code_item, check=check_code, hub=(HubSource(dataset="openai/openai_humaneval", split="test"),)
+        to_item=code_item, check=check_code, hub=(HubName(dataset="openai/openai_humaneval", split="test"),)
     ),
     "mt_bench": SuiteRecipe(
         to_item=dialogue_item,
         check=None,
-        hub=(HubSource(dataset="HuggingFaceH4/mt_bench_prompts", split="train"),),
+        hub=(HubName(dataset="HuggingFaceH4/mt_bench_prompts", split="train"),),
         balanced=True,
     ),
     "spec_bench": SuiteRecipe(to_item=spec_bench_item, check=None, balanced=True),

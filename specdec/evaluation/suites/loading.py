@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from specdec.evaluation.suites.base import (
     Item,
@@ -13,14 +12,10 @@ from specdec.evaluation.suites.base import (
     Verdict,
     draw,
     make_suite,
-    read_rows,
-    read_text_rows,
     refuse_duplicate_ids,
 )
 from specdec.evaluation.suites.catalogue import (
     RECIPES,
-    HubSource,
-    Row,
     SuiteRecipe,
     category_of,
     id_of,
@@ -30,10 +25,12 @@ from specdec.evaluation.suites.catalogue import (
 from specdec.evaluation.suites.gym import load_gym
 from specdec.evaluation.suites.maths import check_exact, check_maths
 from specdec.evaluation.suites.random_tokens import looks_like_random_tokens
+from specdec.hub_rows import HUB_PREFIX, HubName, hub_rows, parse_hub_name
+from specdec.row_files import FORMATS
+from specdec.rows import Row, read_rows
 
 DATA_VARIABLE = "SPECDEC_DATA_DIR"
 GYM = "reasoning_gym"
-PROMPT_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 OWN_CHECKERS = {"math": check_maths, "exact": check_exact}
 
 
@@ -47,7 +44,7 @@ def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | Non
 
     Args:
         spec: a name of ``suite_names()``; ``NAME=FILE``; ``NAME=hf:ORG/DATASET[:CONFIG[:SPLIT]]``; or a
-            .jsonl, .jsonl.gz or .txt file of your own prompts.
+            file of your own prompts in any format of ``specdec.row_files``.
         num_items: None for all; more than there are is all. reasoning_gym makes as many as asked, 120 for None.
         data_dir: where ``bench/NAME*.jsonl[.gz]`` lie; by default the environment variable SPECDEC_DATA_DIR.
 
@@ -66,10 +63,10 @@ def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | Non
         if path is None:
             return _from_hub(spec, RECIPES[spec].hub, num_items, seed)
         return _from_file(spec, path, num_items, seed)
-    if not spec.endswith(PROMPT_SUFFIXES):
+    if not spec.endswith(tuple(FORMATS)):
         raise ValueError(
             f"{spec!r} is no suite; give one of {', '.join(suite_names())}, NAME=FILE, NAME=hf:ORG/DATASET, "
-            f"or a file of prompts that ends in {' or '.join(PROMPT_SUFFIXES)}"
+            f"or a file of prompts that ends in {' or '.join(FORMATS)}"
         )
     return _own_prompts(Path(spec), num_items, seed)
 
@@ -77,13 +74,9 @@ def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | Non
 def _named_elsewhere(name: str, place: str, num_items: int | None, seed: int) -> Suite:
     if name == GYM:
         raise ValueError(f"{GYM} is generated and takes no file; write {GYM} alone")
-    if not place.startswith("hf:"):
+    if not place.startswith(HUB_PREFIX):
         return _from_file(name, Path(place), num_items, seed)
-    parts = place.removeprefix("hf:").split(":")
-    if not parts[0] or len(parts) > 3:
-        raise ValueError(f"{name}={place} does not name a data set; write {name}=hf:ORG/DATASET[:CONFIG[:SPLIT]]")
-    dataset, config, split = (part or None for part in (*parts, "", "")[:3])
-    return _from_hub(name, (HubSource(dataset=str(dataset), config=config, split=split),), num_items, seed)
+    return _from_hub(name, (parse_hub_name(place),), num_items, seed)
 
 
 def _bench_file(name: str, data_dir: Path | None) -> Path | None:
@@ -99,7 +92,7 @@ def _from_file(name: str, path: Path, num_items: int | None, seed: int) -> Suite
     return _assemble(name, str(path), read_rows(path), RECIPES[name], num_items, seed)
 
 
-def _from_hub(name: str, sources: tuple[HubSource, ...], num_items: int | None, seed: int) -> Suite:
+def _from_hub(name: str, sources: tuple[HubName, ...], num_items: int | None, seed: int) -> Suite:
     """The first of the data sets that can be loaded."""
     advice = f"give {name}=FILE, or set {DATA_VARIABLE} to a folder with bench/{name}.jsonl"
     if not sources:
@@ -107,26 +100,14 @@ def _from_hub(name: str, sources: tuple[HubSource, ...], num_items: int | None, 
     failures = []
     for source in sources:
         try:
-            rows = _hub_rows(source)
-        except Exception as error:  # datasets raises a dozen kinds for no network, no such name, no such split
-            failures.append(f"{source.dataset}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            rows = list(hub_rows(source, default_split="test"))
+        except ValueError as error:
+            failures.append(str(error))
             continue
-        where = ((f"{source.dataset} row {number}", row) for number, row in enumerate(rows))
-        return _assemble(name, source.dataset, where, RECIPES[name], num_items, seed)
+        return _assemble(name, source.dataset, rows, RECIPES[name], num_items, seed)
     raise ValueError(
         f"{name} could not be loaded ({'; '.join(failures)}); {advice}, or name one with {name}=hf:ORG/DATASET"
     )
-
-
-def _hub_rows(source: HubSource) -> list[Row]:
-    import datasets
-
-    if source.split is not None:
-        return [dict(row) for row in datasets.load_dataset(source.dataset, source.config, split=source.split)]
-    splits: Any = datasets.load_dataset(source.dataset, source.config)
-    if "test" not in splits and len(splits) > 1:
-        raise ValueError(f"has the splits {', '.join(splits)}; name one: hf:{source.dataset}:CONFIG:SPLIT")
-    return [dict(row) for row in splits["test" if "test" in splits else next(iter(splits))]]
 
 
 def _assemble(
@@ -142,7 +123,7 @@ def _assemble(
 def _own_prompts(path: Path, num_items: int | None, seed: int) -> Suite:
     """The user's prompts as they are; those with an answer to check by maths also ask for a box."""
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    rows = read_text_rows(path) if path.suffix == ".txt" else read_rows(path)
+    rows = read_rows(path)
     items = [_own_item(name, where, number, row) for number, (where, row) in enumerate(rows)]
     refuse_duplicate_ids(items, str(path))
     num_soup = sum(looks_like_random_tokens("\n".join(item.turns)) for item in items)

@@ -1,0 +1,95 @@
+"""Rows on disk: written one by one, split by groups of conversations, described, loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from specdec.record import text_sha256
+from specdec.traces import TokenRow
+
+BATCH_ROWS = 64  # held in memory; a long chain of thought is megabytes of Python integers
+
+
+def write_rows(rows: Iterable[TokenRow], path: Path) -> Any:
+    """One Arrow file of all rows, opened as a memory-mapped table."""
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    span = List(Value("int32"))
+    features = Features(
+        conversation_id=Value("string"),
+        prompt=Value("large_string"),
+        input_ids=List(Value("int32")),
+        prompt_span=span,
+        think_span=span,
+        answer_span=span,
+        loss_mask=List(Value("int8")),
+    )
+    with ArrowWriter(features=features, path=str(path), writer_batch_size=BATCH_ROWS) as writer:
+        for row in rows:
+            writer.write({field.name: getattr(row, field.name) for field in dataclasses.fields(row)})
+        writer.finalize()
+    return Dataset.from_file(str(path))
+
+
+def held_out_groups(groups: Iterable[str], val_fraction: float, seed: int) -> set[str]:
+    """The groups of the validation split: the same for the same arguments, at least one, never all."""
+    order = sorted(set(groups), key=lambda group: text_sha256(str(seed), group))
+    return set(order[: min(max(1, round(val_fraction * len(order))), len(order) - 1)])
+
+
+def save_split(table: Any, numbers: list[int], directory: Path) -> dict[str, Any]:
+    """Write the rows of these numbers as a split; returns what the data card says of it."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    part = table.select(numbers)
+    part.save_to_disk(directory)
+    return _describe(part)
+
+
+def _describe(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    lengths, conversations, completion_tokens, think_tokens = [], set(), 0, 0
+    digest = hashlib.sha256()
+    for row in rows:
+        lengths.append(len(row["input_ids"]))
+        conversations.add(row["conversation_id"])
+        completion_tokens += len(row["input_ids"]) - row["prompt_span"][1]
+        think_tokens += row["think_span"][1] - row["think_span"][0]
+        digest.update(json.dumps(row["input_ids"]).encode())
+    return {
+        "rows": len(lengths),
+        "conversations": len(conversations),
+        "tokens": sum(lengths),
+        "completion_tokens": completion_tokens,
+        "think_tokens": think_tokens,
+        "length_median": statistics.median(lengths) if lengths else None,
+        "length_max": max(lengths, default=None),
+        "input_ids_sha256": digest.hexdigest(),
+    }
+
+
+def load_rows(directory: Path) -> list[TokenRow]:
+    """Rows of one split.
+
+    Raises:
+        ValueError: not a directory that ``prepare`` wrote.
+    """
+    from datasets import load_from_disk
+
+    try:
+        table = load_from_disk(str(directory))
+    except Exception as error:  # datasets raises its own kinds for missing and damaged files
+        raise ValueError(f"{directory} holds no rows ({error}); make them with `specdec prepare`") from error
+    rows = []
+    for item in table:
+        for span in ("prompt_span", "think_span", "answer_span"):
+            item[span] = tuple(item[span])
+        rows.append(TokenRow(**item))
+    return rows
