@@ -13,7 +13,7 @@ from draft_training.drops import Drops
 from draft_training.near_duplicates import NearDuplicates, numbers_of
 from draft_training.prompts import EMBEDDED_TASKS, embedded_prompts
 from specdec.config import TracesConfig
-from specdec.conventions import UnusableRow, prompt_of, row_id, traces_of
+from specdec.conventions import UnusableRowError, prompt_of, row_id, traces_of
 from specdec.record import text_sha256
 from specdec.rows import Row, is_hub_name, read_rows, source_files
 from specdec.traces import ReasoningTrace
@@ -46,7 +46,7 @@ def examples(traces: TracesConfig, drops: Drops) -> Iterator[Example]:
 def _traces(where: str, row: Row, traces: TracesConfig, drops: Drops) -> Iterator[Example]:
     try:
         found = traces_of(row, traces.generations_per_prompt)
-    except UnusableRow as reason:
+    except UnusableRowError as reason:
         drops.num_seen += 1
         drops.add(str(reason), row_id(row, where))
         return

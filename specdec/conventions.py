@@ -26,7 +26,7 @@ Completion = tuple[str, str]  # reasoning without tags, response
 Text = Callable[[Row], str | None]
 
 
-class UnusableRow(Exception):
+class UnusableRowError(Exception):
     """A row that is understood but no trace to learn from; the message is the reason it is counted under."""
 
 
@@ -58,7 +58,7 @@ def split_thinking(text: str) -> Completion:
     """A reply's reasoning and response, tags removed. The opening tag may be missing: R1's prompt holds it.
 
     Raises:
-        UnusableRow: a tag never closes, comes twice or comes late.
+        UnusableRowError: a tag never closes, comes twice or comes late.
     """
     reasoning, response = "", text
     for opening, closing in THINK_TAGS:
@@ -68,15 +68,15 @@ def split_thinking(text: str) -> Completion:
         if not opened or closing in before:
             before, inside = "", text
         if before.strip():
-            raise UnusableRow("text before the think tag")
+            raise UnusableRowError("text before the think tag")
         reasoning, closed, response = inside.partition(closing)
         if not closed:
-            raise UnusableRow(UNCLOSED)
+            raise UnusableRowError(UNCLOSED)
         break
     if SOLUTION_OPEN in response:
         response, closed, _ = response.partition(SOLUTION_OPEN)[2].partition(SOLUTION_CLOSE)
         if not closed:
-            raise UnusableRow("solution tag never closes")
+            raise UnusableRowError("solution tag never closes")
     return reasoning.strip(), response.strip()
 
 
@@ -114,7 +114,7 @@ def _correct_generations(row: Row) -> Iterator[Completion]:
         if text and complete is not False and (any(correct) or not any(marks))
     ]
     if not chosen:
-        raise UnusableRow("no complete generation is marked correct")
+        raise UnusableRowError("no complete generation is marked correct")
     yield from _usable(map(split_thinking, chosen))
 
 
@@ -126,7 +126,7 @@ def _usable(completions: Iterator[Completion]) -> Iterator[Completion]:
             completion = next(completions)
         except StopIteration:
             break
-        except UnusableRow as error:
+        except UnusableRowError as error:
             refusal = refusal or error
             continue
         found = True
@@ -159,7 +159,7 @@ def _replied(row: Row) -> Iterator[Completion]:
     turns = _turns(row)
     replies = [message for role, message in turns if role in REPLY_ROLES]
     if len(replies) != 1 or sum(role in USER_ROLES for role, _ in turns) != 1:
-        raise UnusableRow("not one question and one reply")
+        raise UnusableRowError("not one question and one reply")
     reply = replies[0]
     info = reply.get("info") or {}
     if info.get("think_content"):
@@ -231,7 +231,7 @@ def traces_of(row: Row, max_generations: int = 1) -> list[ReasoningTrace]:
     """The row's traces, at most ``max_generations`` of one that holds several.
 
     Raises:
-        UnusableRow: understood, but to be dropped and counted.
+        UnusableRowError: understood, but to be dropped and counted.
         ValueError: no convention fits, or the completion is empty.
     """
     convention = convention_of(row)
@@ -246,7 +246,7 @@ def traces_of(row: Row, max_generations: int = 1) -> list[ReasoningTrace]:
         if not (reasoning or response):
             raise ValueError("the completion is empty")
         if any(tag in part for tags in THINK_TAGS for tag in tags for part in (reasoning, response)):
-            raise UnusableRow("more than one think tag")
+            raise UnusableRowError("more than one think tag")
         traces.append(ReasoningTrace(prompt=prompt, reasoning=reasoning, response=response))
         if len(traces) == max_generations:
             break

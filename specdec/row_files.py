@@ -96,10 +96,10 @@ def _array_elements(path: Path, file: TextIO, buffer: str) -> Iterator[tuple[str
 
 def _columns(path: Path, tree: Any) -> Iterator[tuple[str, Any]]:
     columns = tree if isinstance(tree, dict) else {"": tree}
-    lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
-    if len(lengths) > 1 or None in lengths:
+    lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
+    if len(lengths) > 1 or -1 in lengths:
         raise ValueError(f"{path}: want an array of objects, or an object of arrays of one length")
-    for number in range(lengths.pop() if lengths else 0):
+    for number in range(max(lengths, default=0)):
         yield f"{path} row {number + 1}", {name: column[number] for name, column in columns.items()}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specdec.conventions import UnusableRow, convention_of, prompt_of, traces_of
+from specdec.conventions import UnusableRowError, convention_of, prompt_of, traces_of
 from specdec.traces import ReasoningTrace
 
 OPENR1 = {
@@ -36,7 +36,8 @@ LITERAL = {
     "OpenR1-Math-220k": OPENR1,
     "OpenThoughts-114k": OPENTHOUGHTS,
     "OpenThoughts-114k metadata": {
-        "problem": "1+1?", "deepseek_reasoning": "Two.", "deepseek_solution": "\\boxed{2}", "ground_truth_solution": "2",
+        "problem": "1+1?", "deepseek_reasoning": "Two.", "deepseek_solution": "\\boxed{2}",
+        "ground_truth_solution": "2",
         "domain": "math", "source": "numina", "test_cases": None, "starter_code": None,
     },
     "Mixture-of-Thoughts": {
@@ -121,7 +122,7 @@ def test_a_reply_without_tags_has_no_reasoning_and_a_system_prompt_joins_the_que
     ],
 )
 def test_understood_but_unusable_rows_have_a_reason(row: dict[str, Any], reason: str):
-    with pytest.raises(UnusableRow, match=reason):
+    with pytest.raises(UnusableRowError, match=reason):
         traces_of(row)
 
 

@@ -124,7 +124,7 @@ def test_when_all_are_gone_the_rest_is_answered_by_a_later_run_exactly_once(tmp_
     path = tmp_path / "log.jsonl"
     with (
         serving(Server(dies_after=6), Server(dies_after=4)) as traces,
-        pytest.raises(ValueError, match="every endpoint is gone with 30 prompts left; .* run the same command again"),
+        pytest.raises(ValueError, match=r"every endpoint is gone with 30 prompts left; .* run the same command again"),
     ):
         generate_over_http(TARGET, traces, REQUESTS, CompletionLog(path))
     log = CompletionLog(path)
