@@ -119,7 +119,7 @@ def test_the_hub_is_streamed_and_a_missing_split_is_named(monkeypatch: pytest.Mo
 
     def load_dataset(name: str, config: str | None, streaming: bool):
         assert (name, config, streaming) == ("me/set", "all", True)
-        return {split: (dict(row, split=split) for row in ROWS) for split in ("train", "test")}
+        return {split: [dict(row, split=split) for row in ROWS] for split in ("train", "test")}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert next(read_rows("hf:me/set:all")) == ("me/set row 0", {**ROWS[0], "split": "train"})
