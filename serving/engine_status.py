@@ -14,6 +14,11 @@ logger = logging.getLogger("vllm.specdec")
 FACTS_VARIABLE = "SPECDEC_STATUS"  # JSON object: what the launcher knows and the engine may not (head, target, reason)
 ANSWER_TIMEOUT_SEC = 5.0
 UTILITY = "specdec"  # the engine core's method
+# What every status has, be it null: a server whose K is vLLM's own knows few of them.
+KEYS = (
+    "mode", "policy", "num_speculative_tokens", "acceptance_length", "per_position_rates", "conditional_rates",
+    "goodput_tok_per_sec", "fallback_share", "alarm", "reason", "head", "target", "uptime_sec",
+)  # fmt: skip
 
 
 class EngineUnavailableError(Exception):
@@ -106,6 +111,7 @@ class EngineStatus:
             raise EngineUnavailableError(f"the engine answered {text[:100]!r} instead of a status")
         if "error" in answer:
             raise (BadPolicyError if "policy" in command else EngineUnavailableError)(str(answer["error"]))
+        answer = {**dict.fromkeys(KEYS), **answer}
         self.latest = answer | {name: fact for name, fact in self.facts.items() if answer.get(name) is None}
         self._latest_sec = self.clock()
         return self.latest

@@ -14,7 +14,7 @@ import pytest
 
 from serving import endpoints
 from serving.endpoints import SpecdecEndpoints, live_page, read_policy
-from serving.engine_status import EngineStatus, EngineUnavailableError, read_facts
+from serving.engine_status import KEYS, EngineStatus, EngineUnavailableError, read_facts
 from tests.fake_engine import FakeEngineClient, make_app, make_status, plain_status
 
 
@@ -47,6 +47,12 @@ def test_launchers_facts_fill_what_the_engine_does_not_know(monkeypatch):
     status = ask(app, "GET", "/specdec/status").json()
     assert (status["head"], status["target"]) == ("eagle3", "the engine's own")
     assert (status["reason"], status["mode"]) == ("the head is damaged", "plain")
+
+
+def test_every_status_has_every_key_that_tools_read():
+    app, _ = make_app(FakeEngineClient({"mode": "fixed", "num_speculative_tokens": 3}))
+    status = ask(app, "GET", "/specdec/status").json()
+    assert set(KEYS) <= set(status) and (status["mode"], status["acceptance_length"]) == ("fixed", None)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "null"])
