@@ -48,6 +48,7 @@ def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, fl
     out = WORK / f"specdec-{label}"
     settings = (
         f"eval.max_new_tokens={NUM_TOKENS}", "eval.repeats=1", "eval.sampled=false", "eval.num_prompts=1000",
+        "eval.distribution_samples=0",
     )  # fmt: skip
     command = [sys.executable, "-m", "specdec", "eval", "--target", target, "--prompts", str(prompts)]
     command += ["--out", str(out), "--arm", f"a={url}", "--arm", f"b={url}"]
