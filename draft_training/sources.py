@@ -11,9 +11,10 @@ from typing import Any
 from draft_training.contamination import Contamination
 from draft_training.drops import Drops
 from draft_training.near_duplicates import NearDuplicates, numbers_of
-from draft_training.prompts import EMBEDDED_TASKS, embedded_prompts
+from draft_training.prompts import embedded_prompts
 from specdec.config import TracesConfig
 from specdec.conventions import UnusableRowError, prompt_of, row_id, traces_of
+from specdec.evaluation.suites.gym import TASKS
 from specdec.record import text_sha256
 from specdec.rows import Row, is_hub_name, read_rows, source_files
 from specdec.traces import ReasoningTrace
@@ -112,7 +113,7 @@ def describe_source(traces: TracesConfig) -> dict[str, Any]:
         return {"traces": {Path(source).name: _digest(source) for source in traces.files}}
     if traces.prompts:
         return {"prompts": _digest(traces.prompts)}
-    return {"tasks": list(EMBEDDED_TASKS)}
+    return {"tasks": list(TASKS)}
 
 
 def _digest(source: str) -> str:

@@ -40,7 +40,7 @@ PROMPTS = [f"What is {i} plus {i + 7}?" for i in range(8)]
 NUM_TRAINED = 5  # of the prompts; the rest is new to the head
 SETTINGS = (
     "target.dtype=float32", "serve.port=0", "serve.enforce_eager=true", "serve.max_model_len=256",
-    "serve.kv_cache_gib=1", "serve.max_num_seqs=4",
+    "serve.kv_cache_gib=1", "serve.max_num_seqs=4", f"serve.policy=fixed:{K}",
 )  # fmt: skip
 
 

@@ -198,7 +198,8 @@ def test_plain_server_answers_survives_a_long_seeded_prompt_and_leaves_nothing(t
 
 
 def test_eagle3_head_drafts_and_leaves_nothing(target: Target, head_dir: Path, tmp_path: Path):
-    with served(tmp_path, "--target", target.name, "--head", str(head_dir)) as facts:
+    policy = f"fixed:{NUM_SPECULATIVE_TOKENS}"  # by itself it would soon draft nothing
+    with served(tmp_path, "--target", target.name, "--head", str(head_dir), "--policy", policy) as facts:
         assert (facts["head"], facts["num_speculative_tokens"]) == ("eagle3", NUM_SPECULATIVE_TOKENS)
         check_chat(facts)
         num_drafts = metric(facts, "vllm:spec_decode_num_drafts_total")
