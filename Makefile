@@ -73,4 +73,6 @@ clean:
 	  { if grep -q 'No matching distribution found for torch=' .venv/install.log; then \
 	      echo "pip cannot find PyTorch's CPU build: name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL and run make again" >&2; \
 	    fi; exit 1; }
+	@# on every core, which pip doesn't; a file that is no Python of this version (a template) only stays as it is
+	@echo "  compiling"; .venv/bin/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	@echo '$(LOCK_KEY)' >$@
