@@ -1,7 +1,9 @@
 """The same server measured by three clients in turn: ``specdec eval``, ``vllm bench serve`` and guidellm.
 
-One round is one pass of each client over the same prompts, greedy, one request at a time; the figure of a client is
-the median of its rounds. Acceptance is compared with the server's own Prometheus counters around the pass.
+One round is one pass of each client over the same prompts, greedy, one request at a time, each round in another order.
+A ratio is the median over rounds of the two clients' figures of one round, with the lowest and the highest beside it.
+Acceptance, at a fixed K, must be equal: drafts and accepted tokens as the requests count them, as the server's
+Prometheus counters do around the blocks, and as vLLM's benchmark reads them.
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ import json
 import statistics
 import subprocess
 import sys
-import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from specdec.config import RunConfig
-from specdec.evaluation.acceptance import parse_acceptance, window
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import open_arms
 from specdec.evaluation.suites import load_suite
+from specdec.manifest import HeadManifest
+from specdec.progress import progress_bar
 from specdec.record import provenance, write_json_atomic
 from specdec.targets import resolve_target
 
@@ -56,13 +59,16 @@ def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, fl
     result = json.loads((out / "result.json").read_text())
     arms = result["cells"][0]["arms"]
     rows = [row for row in result["requests"] if not row["error"]]
-    steps = sum(row["num_drafts"] for row in rows)
+    once = [row for row in rows if row["arm"] == "a"]
     return {
         "ttft_sec": statistics.fmean(row["ttft_sec"] for row in rows),
         "tpot_sec": statistics.fmean(row["tpot_sec"] for row in rows),
         "throughput_tok_per_sec": sum(arm["num_output_tokens"] for arm in arms.values())
         / sum(arm["busy_sec"] for arm in arms.values()),
-        "acceptance_length": 1 + sum(row["num_accepted_tokens"] for row in rows) / steps if steps else 0.0,
+        "num_drafts": sum(row["num_drafts"] for row in once),
+        "num_accepted_tokens": sum(row["num_accepted_tokens"] for row in once),
+        "prometheus_num_drafts": arms["a"]["acceptance"]["num_drafts"],
+        "prometheus_num_accepted_tokens": arms["a"]["acceptance"]["num_accepted_tokens"],
     }
 
 
@@ -81,6 +87,8 @@ def by_vllm_bench(url: str, prompts: Path, target: str, label: str) -> dict[str,
         "ttft_sec": found["mean_ttft_ms"] / 1e3,
         "tpot_sec": found["mean_tpot_ms"] / 1e3,
         "throughput_tok_per_sec": found["output_throughput"],
+        "num_drafts": found["spec_decode_num_drafts"],
+        "num_accepted_tokens": found["spec_decode_accepted_tokens"],
     }
 
 
@@ -109,17 +117,12 @@ def by_guidellm(guidellm: str, url: str, prompts: Path, target: str, label: str)
     }
 
 
-def counters(url: str) -> Any:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
-        return parse_acceptance(page.read().decode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guidellm", required=True)
     parser.add_argument("--head", required=True)
     parser.add_argument("--target", default=RunConfig().target.name)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--num-prompts", type=int, default=8)
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
@@ -130,36 +133,52 @@ def main() -> None:
     config.target.name = options.target
     config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, 4, 1
     # The other clients can't keep a repeated prompt from being found in the prefix cache.
-    spec = ArmSpec(name="served", options={"head": options.head, "vllm.no-enable-prefix-caching": "true"})
-    rounds: dict[str, list[dict[str, float]]] = {"specdec": [], "vllm_bench": [], "guidellm": []}
-    with open_arms([spec], config, WORK) as arms:
+    served = {
+        "head": options.head,
+        "serve.policy": f"fixed:{HeadManifest.load(Path(options.head)).num_speculative_tokens}",
+    }
+    spec = ArmSpec(name="served", options={**served, "vllm.no-enable-prefix-caching": "true"})
+    rounds: list[dict[str, dict[str, float]]] = []
+    with open_arms([spec], config, WORK) as arms, progress_bar("crosscheck", options.rounds) as advance:
         url = arms["served"].url
+        clients = {
+            "specdec": partial(by_specdec, url),
+            "vllm_bench": partial(by_vllm_bench, url),
+            "guidellm": partial(by_guidellm, options.guidellm, url),
+        }
         by_specdec(url, prompts, options.target, "warm-up")
         for number in range(options.rounds):
-            before = counters(url)
-            ours = by_specdec(url, prompts, options.target, str(number))
-            rounds["specdec"].append(ours | {"prometheus": prometheus(before, counters(url))})
-            rounds["vllm_bench"].append(by_vllm_bench(url, prompts, options.target, str(number)))
-            rounds["guidellm"].append(by_guidellm(options.guidellm, url, prompts, options.target, str(number)))
-            print(json.dumps({name: found[-1] for name, found in rounds.items()}), file=sys.stderr, flush=True)
-    write_json_atomic(OUT, summarise(rounds, provenance(head=options.head, num_prompts=options.num_prompts)))
-    print(json.dumps(json.loads(OUT.read_text())["ratios"]))
+            order = list(clients)[number % 3 :] + list(clients)[: number % 3]
+            rounds.append({name: clients[name](prompts, options.target, str(number)) for name in order})
+            advance(1, json.dumps(ratios_of(rounds)))
+    found = {"ratios": ratios_of(rounds), "acceptance": acceptance_of(rounds), "rounds": rounds}
+    write_json_atomic(OUT, {**found, "provenance": provenance(head=options.head, num_prompts=options.num_prompts)})
+    print(json.dumps({key: found[key] for key in ("ratios", "acceptance")}))
 
 
-def prometheus(before: Any, after: Any) -> float | None:
-    return window(before, after)[0].acceptance_length
+def ratios_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """specdec's figure over the rival's: median, lowest, highest of the rounds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for rival in ("vllm_bench", "guidellm"):
+        for name in FIGURES:
+            each = [clients["specdec"][name] / clients[rival][name] for clients in rounds]
+            found.setdefault(rival, {})[name] = [statistics.median(each), min(each), max(each)]
+    return found
 
 
-def summarise(rounds: dict[str, list[dict[str, float]]], facts: dict[str, Any]) -> dict[str, Any]:
-    medians = {
-        client: {name: statistics.median(each[name] for each in found) for name in FIGURES}
-        for client, found in rounds.items()
+def acceptance_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Drafts and accepted tokens of one pass over the prompts, by whom they were counted; one pair where all agree."""
+    counts = {
+        "requests": {(each["specdec"]["num_drafts"], each["specdec"]["num_accepted_tokens"]) for each in rounds},
+        "prometheus": {
+            (each["specdec"]["prometheus_num_drafts"], each["specdec"]["prometheus_num_accepted_tokens"])
+            for each in rounds
+        },
+        "vllm_bench": {
+            (each["vllm_bench"]["num_drafts"], each["vllm_bench"]["num_accepted_tokens"]) for each in rounds
+        },
     }
-    ratios = {
-        rival: {name: medians["specdec"][name] / medians[rival][name] for name in FIGURES}
-        for rival in ("vllm_bench", "guidellm")
-    }
-    return {"ratios": ratios, "medians": medians, "rounds": rounds, "provenance": facts}
+    return {"equal": len(set.union(*counts.values())) == 1, **{name: sorted(pairs) for name, pairs in counts.items()}}
 
 
 if __name__ == "__main__":
