@@ -38,6 +38,11 @@ class Arm:
     xargs: dict[str, str] = field(default_factory=dict)  # sent with each request
     synthetic: bool = False  # acceptance is pretended: its timings are a cost surface
 
+    def asked_width(self, served: int) -> int:
+        """K of a server that drafts ``served`` tokens at most, as far as each request asks for less."""
+        asked = self.xargs.get("specdec", "")
+        return 0 if asked == "off" else min(int(asked), served) if asked.isdecimal() else served
+
 
 @contextlib.contextmanager
 def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterator[dict[str, Arm]]:

@@ -111,6 +111,7 @@ class BlockRun:
     acceptance: AcceptanceCounts | None = None  # of the server's counters; None: it exports none
     num_engine_steps: int | None = None
     client_cpu_sec: float = 0.0
+    client_lags_sec: list[float] = field(default_factory=list)  # how late its event loop ran, sampled
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -238,7 +238,8 @@ def span(value: list[float] | None, show: Callable[[float], str] = number) -> st
 
 def rates(values: list[float | None] | None) -> str:
     """Fractions, first position first."""
-    return " / ".join(number(value) for value in values or []) or NOTHING
+    known = any(value is not None for value in values or [])
+    return " / ".join(number(value) for value in values or []) if known else NOTHING
 
 
 def p_value(value: float | None) -> str:

@@ -115,8 +115,7 @@ def _ceiling(axes: Any, result: Tree, arm: str, sweep: list[Tree]) -> None:
 
 def _belongs(point: Tree, sweep: list[Tree]) -> bool:
     """Whether a cost point speaks of one of these closed-loop cells."""
-    keys = ("concurrency", "max_new_tokens", "temperature")
-    return any(cell.get("rate") is None and all(point.get(key) == cell.get(key) for key in keys) for cell in sweep)
+    return any(cell.get("rate") is None and cell.get("name") == point.get("cell") for cell in sweep)
 
 
 def _break_even(result: Tree, sweep: list[Tree]) -> dict[str, float]:
