@@ -144,7 +144,7 @@ def acceptance_figures(runs: list[BlockRun], good: list[RequestResult]) -> dict[
         "acceptance_rate": counts.acceptance_rate,
         "per_position_rates": by_position.per_position_rates,
         # The counts of a varying K can't tell which drafts went on to a position; the steps can.
-        "conditional_rates": counts.conditional_rates if by_position is counts else _conditional_rates(good),
+        "conditional_rates": _conditional_rates(good) if by_position is from_requests else counts.conditional_rates,
         "num_drafts": counts.num_drafts,
         "num_draft_tokens": counts.num_draft_tokens,
         "num_accepted_tokens": counts.num_accepted_tokens,

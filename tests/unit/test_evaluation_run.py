@@ -231,6 +231,20 @@ def test_a_broken_sampler_is_caught(tmp_path):
     assert not row["lossy"]
 
 
+def test_servers_that_want_a_key_get_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    plain.api_key = spec.api_key = "secret"
+    assert run(plain, spec, tmp_path, sampled=False, repeats=1)["errors"] == {}
+    assert "secret" not in (tmp_path / "out" / "result.json").read_text()
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    spec = FakeServer()
+    spec.api_key = "secret"
+    with pytest.raises(ValueError, match=r"(?s)spec server .*401.*VLLM_API_KEY"):
+        run(FakeServer(), spec, tmp_path)
+
+
 def test_a_failed_warm_up_names_the_arm(tmp_path):
     spec = FakeServer(tokens_per_step=2)
     spec.faults[WARMUP_PROMPT] = "503"

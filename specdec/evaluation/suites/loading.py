@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from specdec.evaluation.suites.base import (
+    BOXED_DIRECTIVE,
     Item,
     Suite,
     Verdict,
@@ -138,7 +139,8 @@ def _own_prompts(source: str, name: str, num_items: int | None, seed: int) -> Su
 
 
 def _refuse_random_tokens(items: list[Item], source: str) -> None:
-    num_soup = sum(looks_like_random_tokens("\n".join(item.turns)) for item in items)
+    prompts = ["\n".join(item.turns).replace(BOXED_DIRECTIVE, "") for item in items]  # that one does make sense
+    num_soup = sum(map(looks_like_random_tokens, prompts))
     if num_soup > len(items) / 2:
         raise ValueError(
             f"{source}: {num_soup} of {len(items)} prompts look like random tokens; acceptance measured on random "
