@@ -204,7 +204,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def plain(value: float | None) -> str:
     """A setting as somebody typed it, a found value to two digits."""
-    return count(value) if value is None or value == int(value) else significant(value, 2)
+    return count(value) if value is None or value == int(value) else significant(value, 2).rstrip("0")
 
 
 def percent(value: float | None) -> str:

@@ -100,6 +100,6 @@ def _line(axes: Any, points: list[tuple[float, Tree, str]], style: dict[str, Any
     values = [row[key] for _, row, key in points]
     bars = error_bars(values, [row.get(f"{key}_ci95") for _, row, key in points])
     axes.errorbar(
-        [x for x, *_ in points], values, yerr=bars, **style, linewidth=1.8, elinewidth=1, capsize=3, markersize=6,
-        label=name,
+        [x for x, *_ in points], values, yerr=bars, **style, linewidth=1.8, elinewidth=1, capsize=2, markersize=6,
+        ecolor=(style["color"], 0.4), label=name,
     )  # fmt: skip
