@@ -185,19 +185,25 @@ def _draft_widths(results: list[RequestResult], counts: AcceptanceCounts) -> Cou
         return widths
     for result in results:
         widths.update(result.drafted_per_step)
-        explained = 1 + sum(accepted + 1 for accepted in result.accepted_per_step)
-        widths[0] += max(0, (result.num_output_tokens or 0) - explained)
+        widths[0] += max(0, (result.num_output_tokens or 0) - _explained_tokens(result))
     return widths
+
+
+def _explained_tokens(result: RequestResult) -> int:
+    """Output tokens of prompts' own steps, one a stream, and of steps with a draft."""
+    return (2 if result.forced_from else 1) + sum(accepted + 1 for accepted in result.accepted_per_step)
 
 
 def _steps_with_position(results: list[RequestResult]):
     """``(result, output position of the step's first token, drafted, accepted)`` where positions are certain."""
     for result in results:
-        explained = 1 + sum(accepted + 1 for accepted in result.accepted_per_step)
-        if explained < (result.num_output_tokens or 0):
+        if _explained_tokens(result) < (result.num_output_tokens or 0):
             continue  # steps without a draft in between, nobody knows where
         position = 1  # token 0 comes from the prompt's own step
-        for num_drafted, num_accepted in zip(result.drafted_per_step, result.accepted_per_step, strict=True):
+        steps = zip(result.drafted_per_step, result.accepted_per_step, strict=True)
+        for step, (num_drafted, num_accepted) in enumerate(steps):
+            if [step] == result.forced_from[:1]:
+                position = result.forced_from[1] + 1
             yield result, position, num_drafted, num_accepted
             position += num_accepted + 1
 

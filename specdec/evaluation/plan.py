@@ -78,9 +78,8 @@ def cells_of(config: EvalConfig) -> list[Cell]:
 def _check(config: EvalConfig) -> None:
     if not config.greedy and not config.sampled:
         raise ValueError("nothing to measure: set eval.greedy or eval.sampled")
-    if any(not temperature > 0 for temperature in config.temperature) or len(set(config.temperature)) < len(
-        config.temperature
-    ):
+    temperatures = config.temperature
+    if any(not temperature > 0 for temperature in temperatures) or len(set(temperatures)) < len(temperatures):
         raise ValueError(
             "eval.temperature is of the sampled cells: different numbers above 0; greedy has cells of its own"
         )

@@ -130,6 +130,17 @@ def test_steps_without_a_draft_are_the_tokens_left_over():
     assert found["per_position_rates"] == [1.0, 1.0, 0.0]
 
 
+def test_a_forced_answer_has_a_prompt_step_of_its_own():
+    # Tokens 0 to 4 are thinking, in steps of 1 + 3 + 1; the answer's in steps of 1 + 2.
+    forced = answer(
+        0.01, 8, num_think_tokens=5, accepted_per_step=[2, 0, 1], drafted_per_step=[3] * 3, forced_from=[2, 5]
+    )  # fmt: skip
+    found = arm_figures([block(forced)], Prices())["acceptance"]
+    assert found["fallback_share"] == 0 and found["by_span"] == {
+        "think": {"acceptance_length": 2.0, "num_drafts": 2}, "answer": {"acceptance_length": 2.0, "num_drafts": 1},
+    }  # fmt: skip
+
+
 def test_requests_that_never_drafted_are_plain_steps_too():
     drafted = answer(0.01, 7, accepted_per_step=[2, 2], drafted_per_step=[3, 3])
     found = arm_figures([block(drafted, answer(0.01, 7))], Prices())["acceptance"]
