@@ -273,6 +273,14 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     assert len(measured) < 24  # what was there was not measured again
 
 
+def test_ctrl_c_in_the_warm_up_says_that_nothing_was_measured(tmp_path):
+    plain, spec = FakeServer(), FakeServer(tokens_per_step=3)
+    plain.on_chat = lambda number: number == 2 and os.kill(os.getpid(), signal.SIGINT)
+    result = run(plain, spec, tmp_path)
+    assert result["interrupted"] and result["requests"] == [] and result["summary"]["speedup_median"] is None
+    assert "Nothing to conclude" in (tmp_path / "out" / "summary.md").read_text()
+
+
 def test_ctrl_c_in_the_two_sample_test_keeps_the_measurement(tmp_path):
     plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
     config = settings(tmp_path, {"plain": plain, "spec": spec}, sampled=False, repeats=1)
