@@ -30,8 +30,8 @@ def accuracy_rows(measurement: Measurement) -> list[dict[str, Any]]:
     """
     rows = []
     for cell in measurement.cells:
-        for arm in measurement.arms:
-            for suite in _suites(measurement):
+        for suite in _suites(measurement):
+            for arm in measurement.arms:  # side by side, as they are compared
                 records = _counted(measurement, cell.name, arm, suite)
                 scored = _by_item(records)
                 if scored:
