@@ -280,6 +280,7 @@ def main() -> None:
     )
     for noisy in ("httpx", "vllm", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its retries itself
     try:
         app(standalone_mode=True)
     except ValueError as error:

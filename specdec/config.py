@@ -117,7 +117,7 @@ class EvalConfig:
     greedy: bool = True
     repeats: int = 2  # of the greedy cells
     sampled: bool = True  # also measure at the target's default sampling
-    temperature: float | None = None  # of the sampled cells; None: the target's default
+    temperature: list[float] = field(default_factory=list)  # of the sampled cells; empty: the target's default
     num_samples: list[int] = field(default_factory=lambda: [1])  # answers per prompt of the sampled cells
     distribution_samples: int = 64  # per prompt, of the two-sample test at temperature 1; 0: no test
     distribution_prompts: int = 4

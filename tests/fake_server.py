@@ -29,6 +29,7 @@ class FakeServer(ThreadingHTTPServer):
         self.speculative = tokens_per_step > 1
         self.counters = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0, "per_pos": [0] * K}
         self.num_steps = 0
+        self.api_key: str | None = None  # wanted below /v1
         self.log: list[dict] = []  # request bodies, in the order of arrival
         self.on_chat = lambda number: None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -67,7 +68,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
+    def _is_refused(self) -> bool:
+        key = self.server.api_key
+        refused = key is not None and self.path.startswith("/v1/") and self.headers["Authorization"] != f"Bearer {key}"
+        if refused:
+            self._reply(401, "Unauthorized")
+        return refused
+
     def do_GET(self) -> None:
+        if self._is_refused():
+            return
         if self.path == "/metrics":
             self._reply(200, self.server.metrics())
         else:
@@ -75,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_refused():
+            return
         if self.path == "/detokenize":
             return self._reply(200, json.dumps({"prompt": f"<b>{body['tokens'][0]}</b>{self.server.template_end}"}))
         if self.path == "/tokenize":

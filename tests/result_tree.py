@@ -169,6 +169,7 @@ def _figures(
     samples["chunk_gap_sec"] = [step] if step else []
     return {
         **{key: percentiles(samples[key]) for key in LATENCIES},
+        "client_cpu_share": 0.03, "client_lag_sec": {"p50": 0.0004, "p90": 0.001, "p99": 0.004},
         "step_sec_p50": step, "num_requests": len(rows), "num_errors": 0, "num_output_tokens": tokens,
         "busy_sec": busy, "throughput_tok_per_sec": tokens / busy if busy else None, "num_engine_steps": None,
         "tokens_per_step": None, "goodput_tok_per_sec": None, "slo_share": None,
@@ -274,6 +275,7 @@ def _accuracy(rows: list[Tree], shown: list[Tree], arms: Sequence[Tree], suites:
                     "maj_at_n": min(1, share + 0.08) if many else None,
                     "maj_at_n_ci95": [max(0, share - 0.05), min(1, share + 0.2)] if many else None,
                     "mean_output_tokens": statistics.fmean(row["num_output_tokens"] for row in mine),
+                    "sec_per_answer": statistics.fmean(row["e2e_sec"] for row in mine) / condition["concurrency"],
                 })  # fmt: skip
     return table
 

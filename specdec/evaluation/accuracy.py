@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from specdec.evaluation.records import Measurement, Record
+from specdec.evaluation.records import BlockRun, Measurement, Record
 from specdec.metrics import bootstrap_ci95
 
 Z95 = 1.959964  # the 97.5 % quantile of the normal distribution
@@ -26,15 +26,18 @@ def accuracy_rows(measurement: Measurement) -> list[dict[str, Any]]:
     Returns:
         ``pass_at_1`` is the mean over items of the mean over samples, ``maj_at_n`` the share of items whose most
         frequent answer is right (None with one sample an item). Both in [0, 1], with 95 % intervals over items.
+        ``sec_per_answer`` is what one sample costs: the time the arm was busy over the answers it gave.
     """
     rows = []
     for cell in measurement.cells:
-        for arm in measurement.arms:
-            for suite in _suites(measurement):
+        for suite in _suites(measurement):
+            for arm in measurement.arms:  # side by side, as they are compared
                 records = _counted(measurement, cell.name, arm, suite)
                 scored = _by_item(records)
                 if scored:
-                    rows.append({"cell": cell.name, "arm": arm, "suite": suite, **_figures(records, scored)})
+                    spent = _sec_per_answer(measurement.of(cell.name, arm, suite))
+                    place = {"cell": cell.name, "arm": arm, "suite": suite}
+                    rows.append({**place, **_figures(records, scored), "sec_per_answer": spent})
     return rows
 
 
@@ -130,6 +133,11 @@ def _figures(records: Sequence[Record], scored: dict[str, list[Record]]) -> dict
         "maj_at_n_ci95": list(_share_ci95(majorities)) if majorities else None,
         "mean_output_tokens": fmean(lengths) if lengths else None,
     }
+
+
+def _sec_per_answer(runs: Sequence[BlockRun]) -> float | None:
+    num_answers = sum(record.turn == 0 for run in runs for record in run.records)
+    return sum(run.busy_sec for run in runs) / num_answers if num_answers else None
 
 
 def _share_correct(samples: Sequence[Record]) -> float:

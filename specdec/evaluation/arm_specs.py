@@ -74,6 +74,8 @@ def parse_specs(texts: list[str], head_dir: Path | None) -> list[ArmSpec]:
     names = [spec.name for spec in specs]
     if len(specs) < 2:
         raise ValueError("one arm compares with nothing: give two or more --arm, the baseline first")
+    if specs[0].is_synthetic:
+        raise ValueError(f"{texts[0]!r} pretends its acceptance, so nothing compares with it: give the baseline first")
     if len(set(names)) < len(names):
         raise ValueError(f"two arms have one name: {', '.join(names)}")
     return specs

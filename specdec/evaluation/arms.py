@@ -38,6 +38,11 @@ class Arm:
     xargs: dict[str, str] = field(default_factory=dict)  # sent with each request
     synthetic: bool = False  # acceptance is pretended: its timings are a cost surface
 
+    def asked_width(self, served: int) -> int:
+        """K of a server that drafts ``served`` tokens at most, as far as each request asks for less."""
+        asked = self.xargs.get("specdec", "")
+        return 0 if asked == "off" else min(int(asked), served) if asked.isdecimal() else served
+
 
 @contextlib.contextmanager
 def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterator[dict[str, Arm]]:
@@ -60,6 +65,12 @@ def open_arms(specs: list[ArmSpec], config: RunConfig, out_dir: Path) -> Iterato
         _stop(servers)
 
 
+def auth_headers() -> dict[str, str]:
+    """For servers that want a key: the one that ``specdec serve`` takes, else the one that ``specdec chat`` sends."""
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def _given_arm(spec: ArmSpec, url: str) -> Arm:
     import httpx
 
@@ -67,11 +78,13 @@ def _given_arm(spec: ArmSpec, url: str) -> Arm:
 
     root = url.rstrip("/").removesuffix("/v1")
     try:
-        answer = httpx.get(f"{root}/v1/models", timeout=30, trust_env=False)
+        answer = httpx.get(f"{root}/v1/models", timeout=30, trust_env=False, headers=auth_headers())
         answer.raise_for_status()
         model = answer.json()["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"the {name} server at {url} does not answer ({error}); is it running?") from error
+        raise ValueError(
+            f"the {name} server at {url} does not answer ({error}); is it running, and VLLM_API_KEY its key if any?"
+        ) from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"the {name} server at {url} lists no model at /v1/models: not an OpenAI server") from error
     return Arm(name=name, url=root, model=model, options=spec.options, xargs=spec.xargs)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from specdec.evaluation.arms import Arm
+from specdec.evaluation.arms import Arm, auth_headers
 from specdec.evaluation.records import RequestResult
 from specdec.evaluation.stream import EventReader, StreamReader
 from specdec.traces import THINK_CLOSE, THINK_OPEN
@@ -34,6 +34,7 @@ class ArmClient:
         self.cold_prompts = True  # no request finds its prompt in the prefix cache: every repeat starts alike
         self._http = httpx.AsyncClient(
             base_url=arm.url,
+            headers=auth_headers(),
             timeout=httpx.Timeout(timeout_sec, connect=30),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy would be part of the measurement

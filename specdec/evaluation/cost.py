@@ -97,6 +97,8 @@ def _cell_group(cell: Mapping[str, Any]) -> str:
     parts = [sampling, f"{cell['max_new_tokens']} tokens"]
     if cell.get("thinking_budget") is not None:
         parts.append(f"{cell['thinking_budget']} of thinking")
+    if (cell.get("num_samples") or 1) > 1:
+        parts.append(f"{cell['num_samples']} samples")
     if cell.get("arrival", "closed") != "closed":
         parts.append(f"{cell['arrival']} at {cell['rate']:g}/s" if cell.get("rate") else cell["arrival"])
     return ", ".join(parts)

@@ -58,6 +58,8 @@ def arm_figures(runs: list[BlockRun], prices: Prices) -> dict[str, Any]:
         "num_errors": len(records) - len(good),
         "num_output_tokens": num_tokens,
         "busy_sec": busy_sec,
+        "client_cpu_share": sum(run.client_cpu_sec for run in runs) / busy_sec if busy_sec else None,
+        "client_lag_sec": _percentiles([lag for run in runs for lag in run.client_lags_sec]),
         "throughput_tok_per_sec": tokens_per_sec(num_tokens, busy_sec),
         "num_engine_steps": num_steps,
         "tokens_per_step": num_tokens / num_steps if num_steps else None,
@@ -79,10 +81,11 @@ def latency(results: list[RequestResult]) -> dict[str, dict[str, float | None]]:
         "e2e_sec": [result.e2e_sec for result in results],
         "chunk_gap_sec": [gap for result in results for gap in result.chunk_gaps_sec],
     }
-    return {
-        name: {f"p{p}": percentile([value for value in values if value is not None], p) for p in PERCENTILES}
-        for name, values in samples.items()
-    }
+    return {name: _percentiles([value for value in values if value is not None]) for name, values in samples.items()}
+
+
+def _percentiles(values: list[float]) -> dict[str, float | None]:
+    return {f"p{p}": percentile(values, p) for p in PERCENTILES}
 
 
 def _goodput(good: list[RequestResult], num_requests: int, busy_sec: float, prices: Prices) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _cost(num_tokens: int, num_good: int, busy_sec: float, prices: Prices) -> di
 
 def _lengths(values: list[int]) -> dict[str, float | None]:
     return {
-        **{f"p{p}": percentile(values, p) for p in PERCENTILES},
+        **_percentiles([*values]),
         "max": max(values, default=None),
         "mean": _mean(values),
     }
@@ -125,21 +128,23 @@ def acceptance_figures(runs: list[BlockRun], good: list[RequestResult]) -> dict[
     """Acceptance by the server's counters where every block has them, else by the requests' own; None without both."""
     by_counter = [run.acceptance for run in runs]
     from_requests = sum_counts([result.acceptance for result in good])
-    if by_counter and None not in by_counter:
+    num_counters = sum(each is not None for each in by_counter)
+    if by_counter and num_counters == len(by_counter):
         counts = sum_counts([each for each in by_counter if each is not None])
     else:
         counts = from_requests
-    if not counts.num_drafts and not from_requests.num_drafts:
+    if not counts.num_drafts and not from_requests.num_drafts and not num_counters:
         return None
     # Under a varying K the counters can't tell how often a position was drafted; the requests' own steps can.
-    shown = counts if counts.num_drafted_per_pos or not from_requests.num_drafts else from_requests
-    widths = _draft_widths(good)
+    by_position = counts if counts.num_drafted_per_pos or not from_requests.num_drafts else from_requests
+    widths = _draft_widths(good, counts)
     num_steps = sum(widths.values())
     return {
         "acceptance_length": counts.acceptance_length,
         "acceptance_rate": counts.acceptance_rate,
-        "per_position_rates": shown.per_position_rates,
-        "conditional_rates": shown.conditional_rates,
+        "per_position_rates": by_position.per_position_rates,
+        # The counts of a varying K can't tell which drafts went on to a position; the steps can.
+        "conditional_rates": _conditional_rates(good) if by_position is from_requests else counts.conditional_rates,
         "num_drafts": counts.num_drafts,
         "num_draft_tokens": counts.num_draft_tokens,
         "num_accepted_tokens": counts.num_accepted_tokens,
@@ -158,26 +163,47 @@ def sum_counts(counts: list[AcceptanceCounts]) -> AcceptanceCounts:
     return total
 
 
-def _draft_widths(results: list[RequestResult]) -> Counter[int]:
-    """Steps by number of drafted tokens. A step without a draft is not reported: it is what tokens are left over."""
-    widths: Counter[int] = Counter()
+def _conditional_rates(results: list[RequestResult]) -> list[float | None]:
+    """By position: accepted there, of the drafts that went so far and were accepted up to it."""
+    tries: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
     for result in results:
-        if not result.drafted_per_step:
-            continue
+        for num_drafted, num_accepted in zip(result.drafted_per_step, result.accepted_per_step, strict=True):
+            tries.update(range(min(num_accepted + 1, num_drafted)))
+            accepted.update(range(num_accepted))
+    width = max((num_drafted for result in results for num_drafted in result.drafted_per_step), default=0)
+    return [accepted[i] / tries[i] if tries[i] else None for i in range(width)]
+
+
+def _draft_widths(results: list[RequestResult], counts: AcceptanceCounts) -> Counter[int]:
+    """Steps by number of drafted tokens. A step without a draft is not reported: it is what tokens are left over.
+
+    Empty where the server drafted but its requests do not say how.
+    """
+    widths: Counter[int] = Counter()
+    if counts.num_drafts and not any(result.drafted_per_step for result in results):
+        return widths
+    for result in results:
         widths.update(result.drafted_per_step)
-        explained = 1 + sum(accepted + 1 for accepted in result.accepted_per_step)
-        widths[0] += max(0, (result.num_output_tokens or 0) - explained)
+        widths[0] += max(0, (result.num_output_tokens or 0) - _explained_tokens(result))
     return widths
+
+
+def _explained_tokens(result: RequestResult) -> int:
+    """Output tokens of prompts' own steps, one a stream, and of steps with a draft."""
+    return (2 if result.forced_from else 1) + sum(accepted + 1 for accepted in result.accepted_per_step)
 
 
 def _steps_with_position(results: list[RequestResult]):
     """``(result, output position of the step's first token, drafted, accepted)`` where positions are certain."""
     for result in results:
-        explained = 1 + sum(accepted + 1 for accepted in result.accepted_per_step)
-        if explained < (result.num_output_tokens or 0):
+        if _explained_tokens(result) < (result.num_output_tokens or 0):
             continue  # steps without a draft in between, nobody knows where
         position = 1  # token 0 comes from the prompt's own step
-        for num_drafted, num_accepted in zip(result.drafted_per_step, result.accepted_per_step, strict=True):
+        steps = zip(result.drafted_per_step, result.accepted_per_step, strict=True)
+        for step, (num_drafted, num_accepted) in enumerate(steps):
+            if [step] == result.forced_from[:1]:
+                position = result.forced_from[1] + 1
             yield result, position, num_drafted, num_accepted
             position += num_accepted + 1
 

@@ -66,8 +66,10 @@ class Journal:
         self._file.write(json.dumps(tree) + "\n")
         self._file.flush()
 
-    def close(self, finished: bool) -> None:
-        """Remove the file when the measurement is complete, for its result holds it all."""
+    def close(self) -> None:
+        """Nothing more is measured; the file stays."""
         self._file.close()
-        if finished:
-            self.path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the file: the result holds it all."""
+        self.path.unlink(missing_ok=True)

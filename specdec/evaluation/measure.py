@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 from specdec.evaluation import acceptance, load
 from specdec.evaluation.client import ArmClient
@@ -23,6 +24,7 @@ WARMUP_TOKENS = 32
 WAKING_TOKENS = 24
 WARMUP_PROMPT = "Count from one to twenty, then say what the numbers have in common."
 MAX_LAG_SEC = 0.05  # of an open loop: later than this, the client was the bottleneck
+LAG_PERIOD_SEC = 0.02
 
 
 async def measure(
@@ -41,14 +43,20 @@ async def measure(
         ValueError: an arm fails its warm-up request, or one that speculates exports no acceptance counters.
     """
     session = _Session(clients, journal, seed, advance)
-    task = asyncio.create_task(session.run(steps))
+    measurement.interrupted = not await until_signal(session.run(steps))
+    measurement.runs = [*journal.runs, *session.cut_short]
+    measurement.notes += sorted({note for run in journal.runs for note in run.notes})
+
+
+async def until_signal(work: Coroutine[Any, Any, None]) -> bool:
+    """Do ``work``, which Ctrl-C (or SIGTERM) ends early; whether it came to its end."""
+    task = asyncio.create_task(work)
     with _cancel_on_signals(task):
         try:
             await task
         except asyncio.CancelledError:
-            measurement.interrupted = True
-    measurement.runs = [*journal.runs, *session.cut_short]
-    measurement.notes += sorted({note for run in journal.runs for note in run.notes})
+            return False
+    return True
 
 
 class _Session:
@@ -92,8 +100,10 @@ class _Session:
                 raise ValueError(f"the {client.arm.name} arm should speculate, but: {error}") from error
             client.arm.num_speculative_tokens = 0
         else:
-            if client.arm.num_speculative_tokens is None:
-                client.arm.num_speculative_tokens = len(counts.num_accepted_per_pos)
+            served = client.arm.num_speculative_tokens
+            client.arm.num_speculative_tokens = client.arm.asked_width(
+                len(counts.num_accepted_per_pos) if served is None else served
+            )
 
     async def _block(self, step: Step, client: ArmClient) -> BlockRun:
         cell = step.cell
@@ -107,6 +117,7 @@ class _Session:
         before = await _page(client, run)
         times = load.offsets(cell.arrival, cell.rate, len(step.tasks), f"{self.seed}/{cell.name}/{step.block}")
         wall_start, cpu_start = time.perf_counter(), time.process_time()
+        watch = asyncio.create_task(_watch_lag(run))
         try:
             await (_closed_loop(step, client, run) if times is None else _open_loop(step, client, times, run))
         except asyncio.CancelledError:
@@ -115,8 +126,17 @@ class _Session:
         finally:
             run.busy_sec = time.perf_counter() - wall_start
             run.client_cpu_sec = time.process_time() - cpu_start
+            watch.cancel()
         _count(run, before, await _page(client, run))
         return run
+
+
+async def _watch_lag(run: BlockRun) -> None:
+    """Sample how late this event loop wakes up: by as much may it notice a chunk too late."""
+    while True:
+        due = time.perf_counter() + LAG_PERIOD_SEC
+        await asyncio.sleep(LAG_PERIOD_SEC)
+        run.client_lags_sec.append(round(max(0.0, time.perf_counter() - due), 4))
 
 
 async def _closed_loop(step: Step, client: ArmClient, run: BlockRun) -> None:

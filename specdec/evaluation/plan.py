@@ -43,8 +43,9 @@ def cells_of(config: EvalConfig) -> list[Cell]:
     """
     _check(config)
     modes: list[tuple[str, float | None, int]] = [(GREEDY, 0.0, 1)] if config.greedy else []
+    temperatures: list[float | None] = [*config.temperature] or [None]
     if config.sampled:
-        modes += [(SAMPLED, config.temperature, num_samples) for num_samples in config.num_samples]
+        modes += [(SAMPLED, *pair) for pair in itertools.product(temperatures, config.num_samples)]
     budgets: list[int | None] = [*config.thinking_budgets] or [None]
     rates: list[float | None] = [*config.rate] or [None]
     cells = []
@@ -52,6 +53,7 @@ def cells_of(config: EvalConfig) -> list[Cell]:
         modes, config.concurrency, rates, budgets
     ):
         parts = [mode]
+        parts += [f"T{temperature:g}"] if len(temperatures) > 1 and temperature else []
         parts += [f"c{concurrency}"] if len(config.concurrency) > 1 else []
         parts += [f"r{rate:g}"] if len(rates) > 1 and rate is not None else []
         parts += [f"b{budget}"] if len(budgets) > 1 else []
@@ -76,8 +78,11 @@ def cells_of(config: EvalConfig) -> list[Cell]:
 def _check(config: EvalConfig) -> None:
     if not config.greedy and not config.sampled:
         raise ValueError("nothing to measure: set eval.greedy or eval.sampled")
-    if config.temperature is not None and not config.temperature > 0:
-        raise ValueError("eval.temperature is of the sampled cells and must be above 0; greedy has cells of its own")
+    temperatures = config.temperature
+    if any(not temperature > 0 for temperature in temperatures) or len(set(temperatures)) < len(temperatures):
+        raise ValueError(
+            "eval.temperature is of the sampled cells: different numbers above 0; greedy has cells of its own"
+        )
     for name in ("repeats", "max_new_tokens", "num_prompts"):
         if getattr(config, name) < 1:
             raise ValueError(f"eval.{name} must be at least 1")

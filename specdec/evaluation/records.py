@@ -58,6 +58,7 @@ class RequestResult:
     # One entry a verification, as the server reports them; empty: it did not speculate, or does not say.
     drafted_per_step: list[int] = field(default_factory=list)
     accepted_per_step: list[int] = field(default_factory=list)
+    forced_from: list[int] = field(default_factory=list)  # step and token that a forced answer begins with, if any
     clock_jump_sec: float = 0.0  # how far the wall clock moved against the monotonic one that times are taken from
 
     @property
@@ -111,6 +112,7 @@ class BlockRun:
     acceptance: AcceptanceCounts | None = None  # of the server's counters; None: it exports none
     num_engine_steps: int | None = None
     client_cpu_sec: float = 0.0
+    client_lags_sec: list[float] = field(default_factory=list)  # how late its event loop ran, sampled
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -127,7 +127,10 @@ def _errors(result: Tree) -> str:
 
 def _client_share(result: Tree) -> list[str]:
     share = result.get("client_cpu_share")
-    return [] if share is None else [f"The client used {words.percent(share)} of one core."]
+    figures = [facts for cell in tree.cells(result) for facts in (cell.get("arms") or {}).values()]
+    lags = [lag for facts in figures if (lag := dig(facts, "client_lag_sec", "p99")) is not None]
+    late = f"; where it was worst, one time in a hundred it woke {words.seconds(max(lags))} late" if lags else ""
+    return [] if share is None else [f"The client used {words.percent(share)} of one core{late}."]
 
 
 def _provenance(result: Tree) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from specdec.evaluation.figures import Prices
 from specdec.evaluation.journal import Journal
 from specdec.evaluation.losslessness import check_greedy
 from specdec.evaluation.markdown import render_markdown
-from specdec.evaluation.measure import measure
+from specdec.evaluation.measure import measure, until_signal
 from specdec.evaluation.plan import Step, cells_of, num_requests, steps_of
 from specdec.evaluation.records import Measurement, Record
 from specdec.evaluation.report import render_report
@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 LABEL_WIDTH, COLUMN_WIDTH = 33, 23  # characters of the table in the terminal
 DISTRIBUTION_TOKENS = 6  # of each sampled continuation
+RECORDED_SETTINGS = (
+    "concurrency", "arrival", "rate", "repeats", "max_new_tokens", "thinking_budgets", "num_samples",
+    "distribution_samples", "distribution_prompts", "seed",
+)  # fmt: skip
 
 
 def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[str, Any]:
@@ -66,16 +70,11 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     names = [spec.name for spec in specs]
     steps = list(steps_of(cells, suites, names, settings.seed))
     measurement = Measurement(cells=cells, baseline=names[0], arms=names)
-    journal = Journal(out_dir, _plan_sha256(settings, specs, suites))
-    finished = False
-    try:
-        with contextlib.ExitStack() as stack:
-            with console.status(f"starting the servers (logs in {out_dir}); the very first start compiles"):
-                arms = stack.enter_context(open_arms(specs, config, out_dir))
-            losslessness = asyncio.run(_measure(config, measurement, steps, suites, arms, journal))
-        finished = not measurement.interrupted
-    finally:
-        journal.close(finished)
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(contextlib.closing(Journal(out_dir, _plan_sha256(settings, specs, suites))))
+        with console.status(f"starting the servers (logs in {out_dir}); the very first start compiles"):
+            arms = stack.enter_context(open_arms(specs, config, out_dir))
+        losslessness = asyncio.run(_measure(config, measurement, steps, suites, arms, journal))
     _grade(measurement, suites)
     trained = _trained(measurement, manifest, suites, arms)
     facts = _facts(config, head_dir, manifest, sampling, suites, arms)
@@ -83,6 +82,8 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     bound_sec = _plain_step_bound_sec(config, arms)
     result = build_result(measurement, arms, suites, losslessness, trained, prices, facts, bound_sec)
     write_json_atomic(out_dir / "result.json", result)
+    if not measurement.interrupted:
+        journal.remove()  # not before: grading can take long, and a run that dies in it must not be measured again
     (out_dir / "report.html").write_text(render_report(result), encoding="utf-8")
     (out_dir / "summary.md").write_text(render_markdown(result), encoding="utf-8")
     _print_table(console, result)
@@ -128,8 +129,8 @@ async def _measure(
     settings = config.eval
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(ArmClient(arm)) for name, arm in arms.items()}
-        if len({arm.url for arm in arms.values()}) < len(arms):
-            measurement.notes.append("two arms are one server (an A/A run): its counters hold the requests of both")
+        if len({(arm.url, *sorted(arm.xargs.items())) for arm in arms.values()}) < len(arms):
+            measurement.notes.append("two arms are one server asked alike (an A/A run): they differ by noise alone")
         with progress_bar("measuring", num_requests(steps)) as advance:
             await measure(measurement, steps, clients, journal, settings.seed, advance)
         baseline = clients[measurement.baseline]
@@ -138,11 +139,17 @@ async def _measure(
         def prompt_text(record: Record) -> str:
             return texts[record.suite, record.item_id][record.turn]
 
-        greedy = await check_greedy(measurement, baseline, _dtype(config, baseline.arm), prompt_text)
-        distribution = []
-        if settings.distribution_samples and not measurement.interrupted:
-            distribution = await _distribution(settings, suites, clients, measurement)
-    return {"greedy": greedy, "distribution": distribution}
+        losslessness: dict[str, Any] = {"greedy": [], "distribution": []}
+
+        async def check() -> None:
+            dtype = _dtype(config, baseline.arm)
+            losslessness["greedy"] = await check_greedy(measurement, baseline, dtype, prompt_text)
+            if settings.distribution_samples and not measurement.interrupted:
+                losslessness["distribution"] = await _distribution(settings, suites, clients, measurement)
+
+        if not await until_signal(check()):
+            measurement.interrupted = True
+    return losslessness
 
 
 async def _distribution(
@@ -252,12 +259,12 @@ def _facts(
         target=config.target.name,
         head=_head_facts(head_dir, manifest),
         num_speculative_tokens=max(arm.num_speculative_tokens or 0 for arm in arms.values()),
-        temperature=[cell.temperature for cell in cells_of(config.eval)],
+        temperature=list(dict.fromkeys(cell.temperature for cell in cells_of(config.eval))),
         default_sampling=sampling,
         prompts_sha256=text_sha256(*(suite.sha256 for suite in suites)),
         num_prompts=sum(len(suite.items) for suite in suites),
         servers={name: arm.url if not arm.dtype else "started here" for name, arm in arms.items()},
-        **{key: settings[key] for key in ("concurrency", "arrival", "rate", "repeats", "max_new_tokens", "seed")},
+        **{key: settings[key] for key in RECORDED_SETTINGS},
     )
 
 

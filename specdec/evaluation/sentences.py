@@ -5,8 +5,6 @@ from __future__ import annotations
 from specdec.evaluation import tree, words
 from specdec.evaluation.tree import Tree
 
-MAX_CLIENT_CPU_SHARE = 0.5  # of one core: above it the client may be what is timed
-
 
 def warnings(result: Tree) -> list[str]:
     """All that a reader must know before trusting a figure; usually empty."""
@@ -21,9 +19,6 @@ def warnings(result: Tree) -> list[str]:
     failed = sum(bool(row.get("error")) for row in rows)
     if failed:
         lines.append(f"{words.count(failed)} of {words.count(len(rows))} requests failed, see Errors.")
-    share = result.get("client_cpu_share")
-    if share is not None and share > MAX_CLIENT_CPU_SHARE:
-        lines.append(f"The client itself used {words.percent(share)} of a core: the timings may be its own.")
     synthetic = words.synthetic_note(result, tree.arm_names(result))
     return [*lines, synthetic] if synthetic else lines
 

@@ -55,6 +55,8 @@ class StreamReader:
     def expect_stream(self) -> None:
         """Another stream begins."""
         self._earlier_tokens = self.result.num_output_tokens or 0
+        if self._earlier_tokens:
+            self.result.forced_from = [len(self.result.drafted_per_step), self._earlier_tokens]
         self._finish_reason, self._has_usage = None, False
 
     def close_thinking(self, text: str) -> None:

@@ -12,12 +12,14 @@ from specdec.evaluation.arms import Arm
 from specdec.evaluation.cost import break_even, cost_points
 from specdec.evaluation.figures import Prices, arm_figures, comparison
 from specdec.evaluation.records import BlockRun, Cell, Measurement, Record
-from specdec.evaluation.suites import Suite
+from specdec.evaluation.suites import Suite, is_graded
 from specdec.metrics import AcceptanceCounts
 
 LATENCIES = ("ttft_sec", "ttfvt_sec", "tpot_sec", "chunk_gap_sec", "e2e_sec")
 MAX_REPEAT_SPREAD = 0.1  # above it the machine was not quiet, and intervals over prompts say less than they seem to
 MIN_TASKS_FOR_INTERVAL = 8
+MAX_CLIENT_CPU_SHARE = 0.5  # of one core: above it the client may be what is timed
+MAX_LAG_SHARE, MIN_LAG_SEC = 0.1, 0.005  # of the gap between chunks; less than a few milliseconds is no lag
 
 
 def build_result(
@@ -34,7 +36,7 @@ def build_result(
     cells = [_cell_figures(measurement, cell, suites, prices) for cell in measurement.cells]
     arm_rows = [_arm_row(arm, measurement.baseline) for arm in arms.values()]
     records = [record for run in measurement.runs for record in run.records]
-    doubts = timing_notes(cells, measurement.baseline)
+    doubts = [*timing_notes(cells, measurement.baseline), *client_notes(cells)]
     points = cost_points(cells, arm_rows, plain_step_bound_sec)
     return {
         "summary": _summary(measurement, cells[0], losslessness, trained),
@@ -48,7 +50,7 @@ def build_result(
         "cost_model": points,
         "break_even": break_even(points),
         "errors": count_errors(records),
-        "notes": [*doubts, *_answer_notes(suites), *measurement.notes],
+        "notes": [*doubts, *lag_notes(cells), *_answer_notes(suites), *measurement.notes],
         "timings_in_doubt": bool(doubts),
         "interrupted": measurement.interrupted,
         "client_cpu_share": _client_cpu_share(measurement.runs),
@@ -137,11 +139,36 @@ def timing_notes(cells: list[dict[str, Any]], baseline: str) -> list[str]:
     return notes
 
 
+def client_notes(cells: list[dict[str, Any]]) -> list[str]:
+    """Where the client may have been the bottleneck; usually empty."""
+    return [
+        f"{cell['name']}: the client itself used {100 * share:.0f}% of a core while {arm} was measured: "
+        "the timings may be its own"
+        for cell in cells
+        for arm, figures in cell["arms"].items()
+        if (share := figures["client_cpu_share"]) is not None and share > MAX_CLIENT_CPU_SHARE
+    ]
+
+
+def lag_notes(cells: list[dict[str, Any]]) -> list[str]:
+    """Where chunks may have been noticed late: it blurs gaps and first tokens, and TPOT hardly."""
+    notes = []
+    for cell in cells:
+        for arm, figures in cell["arms"].items():
+            lag_sec, gap_sec = figures["client_lag_sec"]["p90"], figures["step_sec_p50"]
+            if lag_sec is not None and gap_sec is not None and lag_sec > max(MIN_LAG_SEC, MAX_LAG_SHARE * gap_sec):
+                notes.append(
+                    f"{cell['name']}: one time in ten the client woke {1e3 * lag_sec:.0f} ms late or more while {arm} "
+                    f"was measured, with {1e3 * gap_sec:.0f} ms between chunks: its cores were busy"
+                )
+    return notes
+
+
 def _answer_notes(suites: list[Suite]) -> list[str]:
     notes = []
     for suite in suites:
         without = sum(item.answer is None for item in suite.items)
-        if suite.check is not None and without > 0:
+        if without and (suite.check is not None or is_graded(suite.name)):
             notes.append(f"{suite.name}: {without} of {len(suite.items)} items have no gold answer and are not graded")
     return notes
 

@@ -204,7 +204,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def plain(value: float | None) -> str:
     """A setting as somebody typed it, a found value to two digits."""
-    return count(value) if value is None or value == int(value) else significant(value, 2)
+    return count(value) if value is None or value == int(value) else significant(value, 2).rstrip("0")
 
 
 def percent(value: float | None) -> str:
@@ -238,7 +238,8 @@ def span(value: list[float] | None, show: Callable[[float], str] = number) -> st
 
 def rates(values: list[float | None] | None) -> str:
     """Fractions, first position first."""
-    return " / ".join(number(value) for value in values or []) or NOTHING
+    known = any(value is not None for value in values or [])
+    return " / ".join(number(value) for value in values or []) if known else NOTHING
 
 
 def p_value(value: float | None) -> str:

@@ -43,6 +43,7 @@ def test_golden_row():
     assert (row["num_items"], row["num_samples"], row["num_unanswered"], row["num_failed"]) == (3, 3, 3, 1)
     assert row["mean_output_tokens"] == pytest.approx((4 * 10 + 3 * 40) / 7)
     assert row["pass_at_1_ci95"][0] < row["pass_at_1"] < row["pass_at_1_ci95"][1]
+    assert row["sec_per_answer"] == 1.0
 
 
 def test_items_weigh_the_same_however_many_samples_they_have():

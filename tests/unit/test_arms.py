@@ -52,11 +52,18 @@ def test_arms_as_typed(head):
         (["a=plain", "b=http://h:1,k=2"], "can't read 'k=2'"),
         (["a=plain", "b=head=h,table=1:3"], "1-4:3"),
         (["a=plain", "b=head=h,synthetic=many"], "number above 0"),
+        (["a=head=h,synthetic=2", "b=plain"], "give the baseline first"),
     ],
 )
 def test_arms_that_make_no_sense(texts, message):
     with pytest.raises(ValueError, match=message):
         parse_specs(texts, None)
+
+
+@pytest.mark.parametrize(("asked", "width"), [({}, 3), ({"specdec": "off"}, 0), ({"specdec": "2"}, 2)])
+def test_an_arm_drafts_no_more_than_its_requests_ask_for(asked, width):
+    arm = arms.Arm(name="a", url="http://h:1", model="m", xargs=asked)
+    assert (arm.asked_width(3), arm.asked_width(0)) == (width, 0)
 
 
 def test_nothing_to_compare_without_head_or_arms():

@@ -111,6 +111,7 @@ def test_verdicts(speedups, concurrency, verdict):
     [
         ({"temperature": 0.6}, "T=0.6, 128 tokens"),
         ({"temperature": None, "thinking_budget": 64}, "sampled, 128 tokens, 64 of thinking"),
+        ({"temperature": None, "num_samples": 4}, "sampled, 128 tokens, 4 samples"),
         ({"max_new_tokens": 256}, "greedy, 256 tokens"),
         ({"arrival": "poisson", "rate": 2.5}, "greedy, 128 tokens, poisson at 2.5/s"),
         ({"arrival": "trace:a.csv"}, "greedy, 128 tokens, trace:a.csv"),

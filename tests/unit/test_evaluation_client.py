@@ -132,6 +132,14 @@ def test_a_thinking_budget_closes_the_thinking_and_asks_for_the_answer():
     assert result.text.count("</think>") == 1 and result.ttft_sec < result.ttfvt_sec <= result.e2e_sec
 
 
+def test_a_forced_answer_says_where_it_begins():
+    server = FakeServer(num_tokens=12, tokens_per_step=2)
+    server.texts["hello"] = "<think>"
+    result = ask(server, thinking_budget=5, max_tokens=3)
+    assert result.accepted_per_step == [1, 1, 1] and result.forced_from == [2, 5]
+    assert ask(FakeServer(num_tokens=5)).forced_from == []
+
+
 def test_the_steps_of_a_speculative_request_are_its_own():
     result = ask(FakeServer(tokens_per_step=3, num_tokens=7))
     assert result.accepted_per_step == [2, 2] and result.drafted_per_step == [K, K]

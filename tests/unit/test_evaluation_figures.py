@@ -9,7 +9,7 @@ import pytest
 from specdec.evaluation.cost import weight_bytes_of
 from specdec.evaluation.figures import Prices, arm_figures, comparison
 from specdec.evaluation.records import BlockRun, Record, RequestResult
-from specdec.evaluation.summary import count_errors, timing_notes
+from specdec.evaluation.summary import client_notes, count_errors, lag_notes, timing_notes
 from specdec.metrics import AcceptanceCounts
 
 
@@ -128,6 +128,51 @@ def test_steps_without_a_draft_are_the_tokens_left_over():
     assert found["draft_width_histogram"] == {"0": 6, "1": 1, "3": 1} and found["fallback_share"] == 0.75
     assert found["by_output_position"] == []  # nobody knows where the plain steps were
     assert found["per_position_rates"] == [1.0, 1.0, 0.0]
+
+
+def test_a_forced_answer_has_a_prompt_step_of_its_own():
+    # Tokens 0 to 4 are thinking, in steps of 1 + 3 + 1; the answer's in steps of 1 + 2.
+    forced = answer(
+        0.01, 8, num_think_tokens=5, accepted_per_step=[2, 0, 1], drafted_per_step=[3] * 3, forced_from=[2, 5]
+    )  # fmt: skip
+    found = arm_figures([block(forced)], Prices())["acceptance"]
+    assert found["fallback_share"] == 0 and found["by_span"] == {
+        "think": {"acceptance_length": 2.0, "num_drafts": 2}, "answer": {"acceptance_length": 2.0, "num_drafts": 1},
+    }  # fmt: skip
+
+
+def test_requests_that_never_drafted_are_plain_steps_too():
+    drafted = answer(0.01, 7, accepted_per_step=[2, 2], drafted_per_step=[3, 3])
+    found = arm_figures([block(drafted, answer(0.01, 7))], Prices())["acceptance"]
+    assert found["draft_width_histogram"] == {"0": 6, "3": 2} and found["fallback_share"] == 0.75
+    # Only its counters tell a server that fell back everywhere from one that can't speculate.
+    idle = AcceptanceCounts(num_drafted_per_pos=[0, 0, 0], num_accepted_per_pos=[0, 0, 0])
+    found = arm_figures([block(answer(0.01, 7), acceptance=idle)], Prices())["acceptance"]
+    assert found["fallback_share"] == 1.0 and found["acceptance_length"] is None
+    # Drafts that the requests do not tell of leave the widths unknown.
+    counted = AcceptanceCounts(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=4)
+    assert arm_figures([block(answer(0.01, 7), acceptance=counted)], Prices())["acceptance"]["fallback_share"] is None
+
+
+def test_conditional_rates_of_a_varying_width_leave_out_drafts_that_ended_before():
+    steps = answer(0.01, 7, accepted_per_step=[2, 1, 0], drafted_per_step=[3, 1, 1])
+    found = arm_figures([block(steps)], Prices())["acceptance"]
+    assert found["conditional_rates"] == [pytest.approx(2 / 3), 1.0, 0.0]
+    assert found["per_position_rates"] == [pytest.approx(2 / 3), 1.0, 0.0]
+
+
+def test_a_client_that_is_the_bottleneck_says_so():
+    def notes(**measured) -> list[str]:
+        result = answer(0.01, 11, chunk_gaps_sec=[0.02] * 10)
+        figures = arm_figures([block(result, **measured), block(result)], Prices())
+        cells = [{"name": "greedy c64", "arms": {"a": figures}, "comparisons": {}}]
+        return [*client_notes(cells), *lag_notes(cells)]
+
+    assert notes(client_cpu_sec=0.1, client_lags_sec=[0.001] * 19 + [0.2]) == []
+    (busy,) = notes(client_cpu_sec=3.0)
+    assert busy.startswith("greedy c64: the client itself used 75% of a core while a was measured")
+    (late,) = notes(client_lags_sec=[0.001] * 5 + [0.03] * 5)
+    assert "woke 30 ms late or more" in late and "20 ms between chunks" in late
 
 
 def test_counters_win_and_are_only_summed_when_every_block_has_them():

@@ -34,13 +34,18 @@ def test_every_combination_is_a_cell_with_a_name_of_its_own():
     assert [cell.name for cell in cells_of(EvalConfig())] == ["greedy", "sampled"]
     swept = cells_of(EvalConfig(num_samples=[1, 8]))
     assert [cell.name for cell in swept] == ["greedy", "sampled n1", "sampled n8"]
+    warmer = cells_of(EvalConfig(temperature=[0.3, 1.0]))
+    assert [(cell.name, cell.temperature) for cell in warmer] == [
+        ("greedy", 0.0), ("sampled T0.3", 0.3), ("sampled T1", 1.0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"greedy": False, "sampled": False}, "nothing to measure"),
-        ({"temperature": 0.0}, "above 0"),
+        ({"temperature": [0.0]}, "above 0"),
+        ({"temperature": [0.6, 0.6]}, "different numbers"),
         ({"repeats": 0}, "eval.repeats"),
         ({"concurrency": [1, 1]}, "different numbers"),
         ({"concurrency": []}, "at least one"),
@@ -122,23 +127,25 @@ def test_a_killed_run_resumes_from_whole_lines(tmp_path):
     journal = Journal(tmp_path, "plan")
     for number in range(3):
         journal.add(block(number))
-    journal.close(finished=False)
+    journal.close()
     with journal.path.open("r+b") as file:  # a kill in the middle of the last line
         file.truncate(journal.path.stat().st_size - 20)
     again = Journal(tmp_path, "plan")
     assert again.runs == [block(0), block(1)]
     assert again.done == {("greedy", 0, 0, "x"), ("greedy", 0, 1, "x")}
     again.add(block(2))
-    again.close(finished=False)
+    again.close()
     assert len(Journal(tmp_path, "plan").runs) == 3
 
 
 def test_another_plan_is_refused_and_a_finished_one_leaves_nothing(tmp_path):
-    Journal(tmp_path, "abandoned before anything was measured").close(finished=False)
+    Journal(tmp_path, "abandoned before anything was measured").close()
     journal = Journal(tmp_path, "plan")
     journal.add(block(0))
-    journal.close(finished=False)
+    journal.close()
     with pytest.raises(ValueError, match="interrupted run with other settings"):
         Journal(tmp_path, "other")
-    Journal(tmp_path, "plan").close(finished=True)
+    finished = Journal(tmp_path, "plan")
+    finished.close()
+    finished.remove()
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import time
 
 import pytest
 from fake_server import FakeServer, serving
@@ -17,6 +18,7 @@ from specdec.evaluation.arms import Arm
 from specdec.evaluation.losslessness import BUG, TIE
 from specdec.evaluation.measure import WARMUP_PROMPT
 from specdec.evaluation.run import evaluate
+from specdec.evaluation.stream import StreamReader
 from specdec.manifest import HeadManifest, TargetFingerprint
 from specdec.record import text_sha256
 
@@ -78,6 +80,7 @@ def test_a_whole_run(tmp_path, capfd):
     assert {"arms", "suites", "latency", "accuracy", "losslessness", "errors"} <= result.keys()
     assert result["latency"]["spec"]["ttft_sec"].keys() == {"p50", "p90", "p99"}
     figures = result["cells"][0]["arms"]["spec"]
+    assert 0 < figures["client_cpu_share"] < 10 and figures["client_lag_sec"]["p99"] >= 0
     assert figures["tokens_per_step"] > 1.5 and figures["acceptance"]["draft_width_histogram"] == {"0": 0, "3": 64}
     captured = capfd.readouterr()
     assert captured.out == "" and "speed-up" in captured.err
@@ -144,6 +147,47 @@ def test_an_open_loop_sends_on_time_whatever_the_answers_take(tmp_path):
     assert busy < 8 * 12 * 0.05 / 2 and result["summary"]["num_requests"] == 16
 
 
+def test_a_client_that_lags_is_noticed(tmp_path, monkeypatch):
+    take = StreamReader.take
+
+    def slowly(self, *args) -> None:
+        time.sleep(0.03)
+        take(self, *args)
+
+    monkeypatch.setattr(StreamReader, "take", slowly)
+    plain, spec = FakeServer(step_sec=0.005), FakeServer(step_sec=0.005, tokens_per_step=3)
+    result = run(plain, spec, tmp_path, arrival="gamma:0.5", rate=[100.0], sampled=False, repeats=1)
+    notes = " ".join(result["notes"])
+    assert "the client sent requests over 50 ms late" in notes and "one time in ten the client woke" in notes
+    assert result["cells"][0]["arms"]["plain"]["client_lag_sec"]["p90"] > 0.02
+
+
+def test_budgets_and_samples_are_swept_and_priced(tmp_path):
+    plain, spec = FakeServer(step_sec=0.004, num_tokens=8), FakeServer(step_sec=0.004, num_tokens=8, tokens_per_step=4)
+    for server in (plain, spec):
+        server.texts = dict.fromkeys(PROMPTS, "<think>") | {"forced": "4"}
+    options = {"thinking_budgets": [2, 6], "num_samples": [1, 3], "num_prompts": 2, "max_new_tokens": 3}
+    result = run(plain, spec, tmp_path, greedy=False, price_per_hour=36.0, **options)
+    rows = {(row["cell"], row["arm"]): row for row in result["accuracy"]}
+    names = ["sampled b2 n1", "sampled b6 n1", "sampled b2 n3", "sampled b6 n3"]
+    assert sorted(rows) == sorted((name, arm) for name in names for arm in ("plain", "spec"))
+    most = rows["sampled b6 n3", "plain"]
+    assert (most["mean_output_tokens"], most["num_samples"], most["maj_at_n"]) == (9, 3, 0.0)
+    assert rows["sampled b2 n1", "plain"]["sec_per_answer"] < most["sec_per_answer"]
+    assert rows["sampled b6 n3", "spec"]["sec_per_answer"] < most["sec_per_answer"]
+    assert result["cells"][3]["arms"]["plain"]["cost_per_request"] == pytest.approx(most["sec_per_answer"] / 100)
+
+
+def test_absent_gold_answers_are_counted(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    for golds, said in ((["4", None], "1 of 2 items have no gold answer"), ([None, None], "2 of 2 items")):
+        rows = [{"question": f"{gold}?", **({"answer": gold} if gold else {})} for gold in golds]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+        result = run(plain, spec, tmp_path, suites=[f"gsm8k={path}"], sampled=False, repeats=1)
+        assert any(note.startswith(f"gsm8k: {said}") for note in result["notes"]), result["notes"]
+
+
 def test_a_planted_slowdown_is_visible_over_http(tmp_path):
     plain, spec = FakeServer(step_sec=0.02, num_tokens=6), FakeServer(step_sec=0.024, num_tokens=6)
     spec.speculative = True
@@ -158,6 +202,16 @@ def test_one_server_as_both_arms_is_an_a_a_run(tmp_path):
     assert 0.8 < same["summary"]["speedup_median"] < 1.25
     assert same["summary"]["greedy_identity_rate"] == 1.0 and same["summary"]["acceptance_length"] is None
     assert any("A/A" in note for note in same["notes"])
+
+
+def test_one_server_asked_in_two_ways_is_two_arms(tmp_path):
+    server = FakeServer(step_sec=0.001, tokens_per_step=3)
+    config = settings(tmp_path, {}, sampled=False, repeats=1)
+    config.eval.arms = [f"off={server.url},xargs.specdec=off", f"auto={server.url}"]
+    with serving(server):
+        result = evaluate(config, None, tmp_path / "out")
+    assert [row["num_speculative_tokens"] for row in result["arms"]] == [0, 3]
+    assert len(result["cost_model"]) == 1 and not any("A/A" in note for note in result["notes"])
 
 
 def test_a_broken_sampler_is_caught(tmp_path):
@@ -175,6 +229,20 @@ def test_a_broken_sampler_is_caught(tmp_path):
     plain2, spec2 = FakeServer(step_sec=0.0), FakeServer(step_sec=0.0, tokens_per_step=3)
     (row,) = run(plain2, spec2, tmp_path, **options)["losslessness"]["distribution"]
     assert not row["lossy"]
+
+
+def test_servers_that_want_a_key_get_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    plain.api_key = spec.api_key = "secret"
+    assert run(plain, spec, tmp_path, sampled=False, repeats=1)["errors"] == {}
+    assert "secret" not in (tmp_path / "out" / "result.json").read_text()
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    spec = FakeServer()
+    spec.api_key = "secret"
+    with pytest.raises(ValueError, match=r"(?s)spec server .*401.*VLLM_API_KEY"):
+        run(FakeServer(), spec, tmp_path)
 
 
 def test_a_failed_warm_up_names_the_arm(tmp_path):
@@ -203,6 +271,46 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     assert not whole["interrupted"] and whole["summary"]["num_requests"] == 32
     measured = [body for body in plain.log[before:] if body["messages"][0]["content"] != WARMUP_PROMPT]
     assert len(measured) < 24  # what was there was not measured again
+
+
+def test_ctrl_c_in_the_warm_up_says_that_nothing_was_measured(tmp_path):
+    plain, spec = FakeServer(), FakeServer(tokens_per_step=3)
+    plain.on_chat = lambda number: number == 2 and os.kill(os.getpid(), signal.SIGINT)
+    result = run(plain, spec, tmp_path)
+    assert result["interrupted"] and result["requests"] == [] and result["summary"]["speedup_median"] is None
+    assert "Nothing to conclude" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_ctrl_c_in_the_two_sample_test_keeps_the_measurement(tmp_path):
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    config = settings(tmp_path, {"plain": plain, "spec": spec}, sampled=False, repeats=1)
+    config.eval.distribution_samples, config.eval.distribution_prompts = 20, 2
+    spec.on_chat = lambda number: number == 25 and os.kill(os.getpid(), signal.SIGINT)  # 18 belong to the measurement
+    with serving(plain, spec):
+        result = evaluate(config, None, tmp_path / "out")
+        assert result["interrupted"] and result["summary"]["num_requests"] == 16
+        assert result["losslessness"]["greedy"] and result["losslessness"]["distribution"] == []
+        whole = evaluate(config, None, tmp_path / "out")
+    assert not whole["interrupted"] and whole["requests"] == result["requests"]
+    assert whole["losslessness"]["distribution"][0]["num_samples"] == 20
+
+
+def test_a_run_that_ends_while_grading_is_not_measured_again(tmp_path, monkeypatch):
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    config = settings(tmp_path, {"plain": plain, "spec": spec}, sampled=False, repeats=1)
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    with serving(plain, spec):
+        with monkeypatch.context() as patch:
+            patch.setattr("specdec.evaluation.run._grade", killed)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(config, None, tmp_path / "out")
+        before = len(plain.log)
+        result = evaluate(config, None, tmp_path / "out")
+    assert {body["messages"][0]["content"] for body in plain.log[before:]} == {WARMUP_PROMPT}
+    assert result["summary"]["num_requests"] == 16 and not list((tmp_path / "out").glob("journal*"))
 
 
 def test_a_server_that_dies_in_the_middle_is_counted(tmp_path):

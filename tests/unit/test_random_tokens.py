@@ -125,6 +125,10 @@ def test_files_of_soup_are_refused_and_a_stray_line_is_not(tmp_path: Path):
         ValueError, match="3 of 5 prompts look like random tokens; acceptance measured on random tokens"
     ):
         load_suite(str(write_jsonl(tmp_path / "soup.jsonl", soup + prose[:2])), None, 0)
+    with pytest.raises(ValueError, match="3 of 5 prompts look like random tokens"):
+        load_suite(f"gsm8k={tmp_path / 'soup.jsonl'}", None, 0)  # a known name makes it no better
+    with pytest.raises(ValueError, match="3 of 3 prompts look like random tokens"):  # nor do answers
+        load_suite(str(write_jsonl(tmp_path / "checked.jsonl", [row | {"answer": 4} for row in soup])), None, 0)
     assert len(load_suite(str(write_jsonl(tmp_path / "mixed.jsonl", soup + prose[:3])), None, 0).items) == 6
 
 

@@ -10,12 +10,15 @@ import re
 import xml.etree.ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
-from specdec.evaluation import words
+from specdec.evaluation import tree, words
 from specdec.evaluation.compare import render_comparison
 from specdec.evaluation.losslessness import BUG
 from specdec.evaluation.markdown import render_markdown
 from specdec.evaluation.plots import draw_plots
+from specdec.evaluation.plots.accuracy import draw_scaling
+from specdec.evaluation.plots.load import draw_speedup_by_load
 from specdec.evaluation.plots.runs import draw_run_plots
 from specdec.evaluation.report import render_report
 from tests.result_extras import check_self_contained, distribution, fork, rich_result
@@ -27,7 +30,7 @@ SPECULATIVE = {
     "Acceptance length in thinking and answer", "Predicted and measured speed-up",
 }  # fmt: skip
 LOADS = {"Speed-up by condition", "Throughput against speed for one user", "Speed-up under load"}
-WIDTHS, SCALING = "Draft width K, and fallback to plain decode", "Accuracy against output tokens"
+WIDTHS, SCALING = "Draft width K, and fallback to plain decode", "Accuracy against cost"
 HOSTILE = "<script>alert('1')</script> a|b *c* _d_ `e` $f_{g$ \"h\" & ![i](http://j)"
 
 
@@ -74,7 +77,7 @@ def test_the_page_is_self_contained_and_says_everything(rich, rich_page):
         assert f"<h2>{heading}</h2>" in rich_page
     for fact in (
         words.headline(rich), "1 of 1,920 requests failed", "above concurrency 9.7, stop speculating",
-        "71.0% of a core",
+        "71% of a core", "The client used 71.0% of one core", "it woke 4.00 ms late",
         "the machine was not quiet", "divergence: bug?", "≥ 2.5000", "(end) 0.000 → 0.100", "differs",
         "timeout: no answer in 600 s", "At 2.49 an hour", "0123456789abcdef", "c36c202ee42166ce", "AMD EPYC",
     ):  # fmt: skip
@@ -110,6 +113,31 @@ def test_a_plot_appears_exactly_when_its_data_does(no_saving, rich):
     assert SCALING in titles(make_result(cells=budgets, scored=True))
     assert SCALING not in titles(make_result(cells=budgets))
     assert SCALING not in titles(make_result(cells=sweep(1, 4), scored=True))
+
+
+def test_accuracy_is_drawn_over_what_an_answer_costs():
+    budgets = [cell(f"b{b} n{n}", 0.6, thinking_budget=b, num_samples=n) for b in (64, 256) for n in (1, 4)]
+    for price, axis_label in ((None, "machine seconds a question"), (3.6, "cost of 1,000 questions")):  # 1 a second
+        result = make_result(cells=budgets, scored=True, price=price)
+        figure = Figure()
+        caption = draw_scaling(figure, (result, result["cells"]))
+        (axes,) = figure.axes
+        assert caption and "thinking budgets" in caption.note and axes.get_xlabel() == axis_label
+        singles = {container.get_label(): list(container[0].get_xdata()) for container in axes.containers}
+        rows = [row for row in result["accuracy"] if row["num_samples"] == 4]
+        for name in ("plain", "spec"):
+            spent = [row["sec_per_answer"] for row in rows if row["arm"] == name]
+            assert singles[name] == pytest.approx(spent) and len(spent) == 2
+
+
+def test_a_ceiling_belongs_to_its_own_sweep():
+    loads = [cell(f"c{c} b{b}", concurrency=c, thinking_budget=b) for b in (64, 256) for c in (1, 4)]
+    result = make_result(cells=loads)
+    for group in tree.sweeps(result):
+        figure = Figure()
+        assert draw_speedup_by_load(figure, (result, group))
+        (ceiling,) = (line for line in figure.axes[0].lines if line.get_linestyle() == ":")
+        assert len(ceiling.get_xdata()) == 2
 
 
 @pytest.mark.parametrize(

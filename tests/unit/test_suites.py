@@ -266,6 +266,29 @@ def test_a_data_set_of_the_hub_can_be_named(hub: dict[tuple[str, str | None, str
         load_suite("aime25=hf:", None, 0)
 
 
+def test_a_folder_laid_out_like_the_hubs_is_read_by_the_library_itself(tmp_path: Path):
+    folder = tmp_path / "gsm8k-copy"
+    (folder / "main").mkdir(parents=True)
+    configs = {"config_name": "main", "data_files": [{"split": "test", "path": "main/test.jsonl"}]}
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps([configs])}\n---\n")
+    row = {"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"}
+    write_jsonl(folder / "main" / "test.jsonl", [row, row])
+    suite = load_suite(f"gsm8k=hf:{folder}:main@test", None, 0)
+    assert [item.answer for item in suite.items] == ["4", "4"] and suite.items[0].turns[0].endswith(DIRECTIVE)
+    own = load_suite(f"hf:{folder}:main@test", 1, 0)
+    assert (own.name, len(own.items)) == ("gsm8k-copy", 1)
+    with pytest.raises(ValueError, match=r"main.*could not be loaded|splits test; name one"):
+        load_suite(f"gsm8k=hf:{folder}:main@train", None, 0)
+
+
+def test_the_librarys_own_refusal_is_one_clear_line():
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(ValueError, match=r"^aime25 could not be loaded \(nobody/none could not be .* give aime25=FILE"):
+        load_suite("aime25=hf:nobody/none", None, 0)
+    with pytest.raises(ValueError, match=r"^nobody/none could not be loaded; without a network give its files"):
+        load_suite("hf:nobody/none", None, 0)
+
+
 @pytest.mark.usefixtures("hub")
 def test_without_file_and_network_the_advice_names_both_ways():
     advice = r"give aime24=FILE, or set SPECDEC_DATA_DIR to a folder with bench/aime24\.jsonl"

@@ -21,7 +21,7 @@ BY_SPAN = Sketch(title="Acceptance length in thinking and answer", draw=acceptan
 WIDTHS = Sketch(title="Draft width K, and fallback to plain decode", draw=acceptance.draw_widths, wide=True)
 CDFS = Sketch(title="Latency, request by request", draw=latency.draw_cdfs, wide=True)
 LENGTHS = Sketch(title="Output length", draw=latency.draw_output_lengths)
-SCALING = Sketch(title="Accuracy against output tokens", draw=accuracy.draw_scaling, wide=True)
+SCALING = Sketch(title="Accuracy against cost", draw=accuracy.draw_scaling, wide=True)
 
 
 def draw_plots(result: Tree) -> list[Plot]:

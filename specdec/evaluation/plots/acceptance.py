@@ -136,8 +136,8 @@ def draw_widths(figure: Any, result: Tree) -> Caption | None:
                 rows.append((cell, arm, counts))
     if not any(len(counts) > 1 or 0 in counts for _, _, counts in rows):
         return None
-    hidden = len(rows) - MAX_WIDTH_ROWS
-    rows = rows[:MAX_WIDTH_ROWS]
+    num_rows, rows = len(rows), _whole_cells(rows)
+    hidden = num_rows - len(rows)
     _width_bars(figure, result, rows)
     texts = [
         f"{cell.get('name')} {arm} plain decode {words.percent(_acceptance(cell, arm).get('fallback_share'))}"
@@ -147,6 +147,14 @@ def draw_widths(figure: Any, result: Tree) -> Caption | None:
     return Caption(
         text="draft widths: " + ", ".join(texts), arms=list(dict.fromkeys(arm for _, arm, _ in rows)), note=note
     )
+
+
+def _whole_cells(rows: list[tuple[Tree, str, dict[int, int]]]) -> list[tuple[Tree, str, dict[int, int]]]:
+    """As many rows as there is room for, without the first arms of a cell that does not fit."""
+    if len(rows) <= MAX_WIDTH_ROWS:
+        return rows
+    torn = rows[MAX_WIDTH_ROWS][0]
+    return [row for row in rows[:MAX_WIDTH_ROWS] if row[0] is not torn] or rows[:MAX_WIDTH_ROWS]
 
 
 def _width_bars(figure: Any, result: Tree, rows: list[tuple[Tree, str, dict[int, int]]]) -> None:

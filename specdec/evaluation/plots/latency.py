@@ -85,6 +85,7 @@ def draw_output_lengths(figure: Any, result: Tree) -> Caption | None:
     )  # fmt: skip
     axes.set(xlabel="output tokens", ylabel="share of requests")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{words.plain(round(100 * share, 3))}%")
     axes.grid(False, axis="x")
     legend(figure, axes)
     texts = [f"{arm} median {words.count(statistics.median(values))}" for arm, values in by_arm.items()]

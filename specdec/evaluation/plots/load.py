@@ -18,6 +18,8 @@ from specdec.evaluation.plots.style import (
 )
 from specdec.evaluation.tree import Tree, dig
 
+RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12)
+
 
 def _points(sweep: list[Tree], arm: str) -> list[tuple[float, float, float]]:
     """``(load, tokens/s of one user, tokens/s of all)`` of each cell that knows both."""
@@ -86,7 +88,6 @@ def draw_speedup_by_load(figure: Any, data: tuple[Tree, list[Tree]]) -> Caption 
         name = arm_label(result, arm)
         if arm in even:
             name += f", breaks even at {words.plain(even[arm])}"
-            axes.plot([even[arm]] * 2, [0, 1], color=style["color"], linewidth=1.2, linestyle=(0, (2, 2)))
         axes.errorbar(loads, medians, yerr=bars, **style, linewidth=2, capsize=3, label=name)
         _ceiling(axes, result, arm, sweep)
         shown.append(arm)
@@ -95,12 +96,24 @@ def draw_speedup_by_load(figure: Any, data: tuple[Tree, list[Tree]]) -> Caption 
         return None
     loads = sorted({load for cell in sweep if (load := tree.load_of(cell))})
     axes.set_xscale("log", base=2)
-    plain_ticks(axes.xaxis, loads, words.plain)
+    plain_ticks(axes.xaxis, loads)
     axes.set(xlabel=_load_name(sweep), ylabel="speed-up")
-    axes.set_ylim(bottom=0)
+    _ratio_axis(axes)
+    for arm in shown:
+        if arm in even:  # down to the axis, where the load is read
+            axes.vlines(even[arm], axes.get_ylim()[0], 1, look(result, arm)["color"], (0, (2, 2)), linewidth=1.2)
     legend(figure, axes)
     note = f"Below 1 speculation loses. Dotted: the ceiling, were every draft token accepted. {_condition(sweep)}"
     return Caption(text="speed-up over the load: " + ", ".join(texts), arms=shown, note=note)
+
+
+def _ratio_axis(axes: Any) -> None:
+    """Twice as fast lies as far above 1 as half as fast lies below; ceilings leave room for what was measured."""
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    low, high = min(low, 0.8), max(high, 1.25)
+    plain_ticks(axes.yaxis, [tick for tick in RATIO_TICKS if low <= tick <= high], lambda tick: f"{words.plain(tick)}×")
+    axes.set_ylim(low, high)
 
 
 def _ceiling(axes: Any, result: Tree, arm: str, sweep: list[Tree]) -> None:
@@ -115,8 +128,7 @@ def _ceiling(axes: Any, result: Tree, arm: str, sweep: list[Tree]) -> None:
 
 def _belongs(point: Tree, sweep: list[Tree]) -> bool:
     """Whether a cost point speaks of one of these closed-loop cells."""
-    keys = ("concurrency", "max_new_tokens", "temperature")
-    return any(cell.get("rate") is None and all(point.get(key) == cell.get(key) for key in keys) for cell in sweep)
+    return any(cell.get("rate") is None and cell.get("name") == point.get("cell") for cell in sweep)
 
 
 def _break_even(result: Tree, sweep: list[Tree]) -> dict[str, float]:

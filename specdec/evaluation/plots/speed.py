@@ -33,7 +33,7 @@ def forest(
     ``series`` gives (key in the lines, label, look).
     """
     least = PANEL[1] if figure.get_figwidth() == PANEL[0] else 1.8  # as high as its neighbour
-    figure.set_figheight(max(least, 1.15 + len(lines) * (0.2 + 0.22 * len(series))))
+    figure.set_figheight(max(least, _height(len(lines), len(series))))
     axes = figure.add_subplot()
     axes.axvline(1, color=BASELINE, linewidth=1.2, linestyle="--")
     step = 0.74 / len(series)
@@ -53,6 +53,10 @@ def forest(
             )  # fmt: skip
     _frame(axes, lines, axis_label)
     legend(figure, axes)
+
+
+def _height(num_lines: int, num_series: int) -> float:
+    return 1.15 + num_lines * (0.2 + 0.22 * num_series)
 
 
 def _frame(axes: Any, lines: Sequence[Line], axis_label: str) -> None:
@@ -113,6 +117,9 @@ def draw_by_task(figure: Any, result: Tree) -> Caption | None:
     ratios = {arm: values for arm, values in ratios.items() if values}
     if not ratios:
         return None
+    num_suites = len(tree.first_cell(result).get("suites") or {})
+    beside = _height(num_suites + (num_suites != 1), len(ratios))  # the plot by suite
+    figure.set_figheight(min(max(PANEL[1], beside), 1.5 * PANEL[1]))
     axes = figure.add_subplot()
     axes.axhline(1, color=BASELINE, linewidth=1.2, linestyle="--")
     for arm, values in ratios.items():

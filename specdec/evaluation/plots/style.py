@@ -145,7 +145,7 @@ def _legend_columns(names: Sequence[str], room: float) -> int:
     return 1
 
 
-def plain_ticks(axis: Any, values: Sequence[float], show: Callable[[float], str] = words.significant) -> None:
+def plain_ticks(axis: Any, values: Sequence[float], show: Callable[[float], str] = words.plain) -> None:
     """Ticks at exactly these values, without minor ones: what a logarithmic axis needs to stay readable."""
     from matplotlib.ticker import NullLocator
 

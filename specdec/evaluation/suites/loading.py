@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from specdec.evaluation.suites.base import (
+    BOXED_DIRECTIVE,
     Item,
     Suite,
     Verdict,
@@ -39,12 +40,17 @@ def suite_names() -> list[str]:
     return [*RECIPES, GYM]
 
 
+def is_graded(name: str) -> bool:
+    """Whether a suite of this name comes with gold answers."""
+    return name in RECIPES and RECIPES[name].check is not None
+
+
 def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | None = None) -> Suite:
     """The suite that ``spec`` names, or ``num_items`` of it: a random part, the same for the same ``seed``.
 
     Args:
-        spec: a name of ``suite_names()``; ``NAME=FILE``; ``NAME=hf:ORG/DATASET[:CONFIG[:SPLIT]]``; or a
-            file of your own prompts in any format of ``specdec.row_files``.
+        spec: a name of ``suite_names()``; ``NAME=FILE``; ``NAME=hf:ORG/DATASET[:CONFIG[:SPLIT]]``; or your own
+            prompts: a file in any format of ``specdec.row_files``, or ``hf:ORG/DATASET[:CONFIG][@SPLIT]``.
         num_items: None for all; more than there are is all. reasoning_gym makes as many as asked, 120 for None.
         data_dir: where ``bench/NAME*.jsonl[.gz]`` lie; by default the environment variable SPECDEC_DATA_DIR.
 
@@ -63,12 +69,14 @@ def load_suite(spec: str, num_items: int | None, seed: int, data_dir: Path | Non
         if path is None:
             return _from_hub(spec, RECIPES[spec].hub, num_items, seed)
         return _from_file(spec, path, num_items, seed)
+    if spec.startswith(HUB_PREFIX):
+        return _own_prompts(spec, parse_hub_name(spec).dataset.rsplit("/", 1)[-1], num_items, seed)
     if not spec.endswith(tuple(FORMATS)):
         raise ValueError(
             f"{spec!r} is no suite; give one of {', '.join(suite_names())}, NAME=FILE, NAME=hf:ORG/DATASET, "
-            f"or a file of prompts that ends in {' or '.join(FORMATS)}"
+            f"or your own prompts: hf:ORG/DATASET, or a file that ends in {' or '.join(FORMATS)}"
         )
-    return _own_prompts(Path(spec), num_items, seed)
+    return _own_prompts(spec, Path(spec).name.removesuffix(".gz").rsplit(".", 1)[0], num_items, seed)
 
 
 def _named_elsewhere(name: str, place: str, num_items: int | None, seed: int) -> Suite:
@@ -117,23 +125,28 @@ def _assemble(
     if not items:
         raise ValueError(f"{source} is empty; it needs one task a row")
     refuse_duplicate_ids(items, source)
+    _refuse_random_tokens(items, source)
     return make_suite(name, source, draw(items, num_items, seed, recipe.balanced), recipe.check)
 
 
-def _own_prompts(path: Path, num_items: int | None, seed: int) -> Suite:
+def _own_prompts(source: str, name: str, num_items: int | None, seed: int) -> Suite:
     """The user's prompts as they are; those with an answer to check by maths also ask for a box."""
-    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    rows = read_rows(path)
+    rows = read_rows(source)
     items = [_own_item(name, where, number, row) for number, (where, row) in enumerate(rows)]
-    refuse_duplicate_ids(items, str(path))
-    num_soup = sum(looks_like_random_tokens("\n".join(item.turns)) for item in items)
+    refuse_duplicate_ids(items, source)
+    _refuse_random_tokens(items, source)
+    return make_suite(name, source, draw(items, num_items, seed), check_own)
+
+
+def _refuse_random_tokens(items: list[Item], source: str) -> None:
+    prompts = ["\n".join(item.turns).replace(BOXED_DIRECTIVE, "") for item in items]  # that one does make sense
+    num_soup = sum(map(looks_like_random_tokens, prompts))
     if num_soup > len(items) / 2:
         raise ValueError(
-            f"{path}: {num_soup} of {len(items)} prompts look like random tokens; acceptance measured on random tokens "
-            "says nothing about your traffic, because no draft head can foresee an answer to noise. Give prompts that "
-            f"your users send, or a suite: {', '.join(suite_names())}"
+            f"{source}: {num_soup} of {len(items)} prompts look like random tokens; acceptance measured on random "
+            "tokens says nothing about your traffic, because no draft head can foresee an answer to noise. Give "
+            f"prompts that your users send, or a suite: {', '.join(suite_names())}"
         )
-    return make_suite(name, str(path), draw(items, num_items, seed), check_own)
 
 
 def _own_item(name: str, where: str, number: int, row: Row) -> Item:
