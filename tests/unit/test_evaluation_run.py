@@ -36,6 +36,12 @@ def no_plots(request, monkeypatch):
         monkeypatch.setattr("specdec.evaluation.report.draw_plots", lambda result: [])
 
 
+@pytest.fixture(autouse=True)
+def short_lag_period(monkeypatch):
+    """The fake servers' blocks are over in a moment."""
+    monkeypatch.setattr(measuring, "LAG_PERIOD_SEC", 0.01)
+
+
 def settings(tmp_path, servers: dict[str, FakeServer], **options) -> RunConfig:
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"prompt": text, "answer": "4", "checker": "exact"}) + "\n" for text in PROMPTS))
