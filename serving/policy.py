@@ -224,7 +224,7 @@ class Policy:
             self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
             if self._trial is not None:
                 return width
-            self._decide(batch, was_probe=self._is_probe)
+            self._decide(batch, after_trial=True)
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
@@ -275,20 +275,22 @@ class Policy:
         self.reason = reason
         return width
 
-    def _decide(self, batch: int, was_probe: bool = False) -> None:
+    def _decide(self, batch: int, after_trial: bool = False) -> None:
         goodputs = {k: self.goodput(batch, k) for k in range(self.max_draft_tokens + 1)}
         known = {k: value for k, value in goodputs.items() if value is not None}
         if not known:
             return
+        before, now = self.chosen, known.get(self.chosen)
         best = max(known, key=lambda k: known[k])
-        now = known.get(self.chosen)
-        if best == self.chosen or (now is not None and known[best] <= now * (1 + self.settings.margin)):
-            if was_probe:
-                self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
-            return
-        self.reason = f"K={best} gives {known[best]:.1f} tokens/s a sequence, K={self.chosen} " + (
-            f"{now:.1f}" if now is not None else "is not timed"
-        )
-        self.chosen = best
-        self._steps_since_change = self._steps_since_trial = 0
-        self._probe_steps = self.settings.first_probe_steps
+        is_better = best != before and (now is None or known[best] > now * (1 + self.settings.margin))
+        if is_better:
+            self.chosen = best
+            self._steps_since_change = self._steps_since_trial = 0
+            self._probe_steps = self.settings.first_probe_steps
+        elif after_trial and self._is_probe:
+            self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
+        others = {k: value for k, value in known.items() if k != before}
+        other = before if is_better else max(others, key=lambda k: others[k], default=None)
+        if (is_better or after_trial) and other is not None:
+            than = f"{known[other]:.1f}" if other in known else "is not timed"
+            self.reason = f"K={self.chosen} gives {known[self.chosen]:.1f} tokens/s a sequence, K={other} {than}"

@@ -81,6 +81,7 @@ def test_a_useless_head_is_given_up_within_five_seconds_and_seldom_asked_again()
     engine = Engine(Policy(K, GOOD)).run(4000, 4, BAD)
     first_plain = next(i for i in range(len(engine.widths)) if set(engine.widths[i : i + 20]) == {0})
     assert sum(step_sec(4, width) for width in engine.widths[:first_plain]) < 5
+    assert engine.policy.reason.startswith("K=0 gives "), "what was decided stands there, not what was tried last"
     late = engine.widths[2000:]
     assert sum(width > 0 for width in late) < 0.02 * len(late)
 
