@@ -76,7 +76,7 @@ def test_k_may_change_at_any_step_and_for_any_request(server):
     def change() -> None:
         while not is_over.is_set():
             for policy in ("fixed:3", "fixed:0", "fixed:1", "off", "fixed:2", "auto"):
-                client.set_policy(policy)
+                client.http.put("/specdec/policy", json={"policy": policy})
                 time.sleep(0.02)
 
     def ask(number: int) -> bool:
