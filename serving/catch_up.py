@@ -6,6 +6,8 @@ target's hidden states) are kept, and the head reads them in one forward, like a
 or every ``LONGEST`` steps, whichever comes first. Nothing is lost, and a forward over 32 tokens costs little more than
 one over a single token.
 
+A failure in here costs no answer: it is logged, and from then on the head runs in every step, as vLLM has it.
+
 The blocks of a request that ends in between may stay in the prefix cache without these tokens' keys: a later request
 that shares them drafts a little worse there. Outputs never depend on the head.
 """
@@ -13,10 +15,13 @@ that shares them drafts a little worse there. Outputs never depend on the head.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import deque
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+
+logger = logging.getLogger("vllm.specdec")
 
 LONGEST = 32  # steps, and so the most tokens a sequence can be behind
 
@@ -40,6 +45,7 @@ class CatchUp:
         # A parallel drafter's buffers are laid out for its full width: it drafts all, the first ones stay.
         self.fixed_width = drafter.num_speculative_tokens if drafter.parallel_drafting else None
         self.waiting: list[Inputs] = []
+        self.has_failed = False
 
     def __call__(
         self,
@@ -55,18 +61,18 @@ class CatchUp:
         """As the proposer's own; at K = 0 it may return its empty drafts without running the head."""
         metadata = common_attn_metadata
         verified_drafts = kwargs.get("num_rejected_tokens_gpu") is not None
-        only_decodes = metadata.max_query_len == 1 and len(target_token_ids) == metadata.batch_size()
-        if num_speculative_tokens == 0 and only_decodes and not verified_drafts and self._has_room(metadata):
-            rows = {request_id: row for row, request_id in enumerate(self.input_batch.req_ids)}
-            kept = (part.clone() for part in (target_token_ids, target_positions, target_hidden_states))
-            self.waiting.append(Inputs(rows, *kept))
-            return next_token_ids.new_empty((metadata.batch_size(), 0))
         inputs = target_token_ids, target_positions, target_hidden_states
-        if self.waiting:
-            waiting, self.waiting = self.waiting, []
-            # A step after one at K = 0 verifies nothing, so its inputs are as plain as those that wait.
-            if not verified_drafts and metadata.batch_size() == len(self.input_batch.req_ids):
-                inputs, metadata = self._merge(waiting, inputs, metadata)
+        try:
+            if num_speculative_tokens == 0 and not verified_drafts and self._keep(inputs, metadata):
+                return next_token_ids.new_empty((metadata.batch_size(), 0))
+            if self.waiting:
+                waiting, self.waiting = self.waiting, []
+                # A step after one at K = 0 verifies nothing, so its inputs are as plain as those that wait.
+                if not verified_drafts and metadata.batch_size() == len(self.input_batch.req_ids):
+                    inputs, metadata = self._merge(waiting, inputs, metadata)
+        except Exception as error:
+            self.has_failed, self.waiting = True, []
+            logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
         drafts = self.propose(
             num_speculative_tokens=num_speculative_tokens if self.fixed_width is None else self.fixed_width,
             target_token_ids=inputs[0],
@@ -78,6 +84,15 @@ class CatchUp:
             **kwargs,
         )
         return drafts if self.fixed_width is None else drafts[:, :num_speculative_tokens]
+
+    def _keep(self, inputs: tuple[Any, Any, Any], metadata: Any) -> bool:
+        """Let these inputs wait, if they can."""
+        only_decodes = metadata.max_query_len == 1 and len(inputs[0]) == metadata.batch_size()
+        if self.has_failed or not only_decodes or not self._has_room(metadata):
+            return False
+        rows = {request_id: row for row, request_id in enumerate(self.input_batch.req_ids)}
+        self.waiting.append(Inputs(rows, *(part.clone() for part in inputs)))
+        return True
 
     def _has_room(self, metadata: Any) -> bool:
         held = sum(len(inputs.rows) for inputs in self.waiting)
@@ -144,12 +159,20 @@ def with_catch_up(propose_draft_token_ids: Any) -> Any:
     def propose(runner: Any, *args: Any, **kwargs: Any) -> Any:
         drafter = runner.drafter
         if not hasattr(drafter, "specdec_catch_up"):
-            drafter.specdec_catch_up = CatchUp(drafter, runner.input_batch) if _is_understood(drafter) else None
+            drafter.specdec_catch_up = _catch_up(drafter, runner.input_batch)
             if drafter.specdec_catch_up is not None:
                 drafter.propose = drafter.specdec_catch_up
         return propose_draft_token_ids(runner, *args, **kwargs)
 
     return propose
+
+
+def _catch_up(drafter: Any, input_batch: Any) -> CatchUp | None:
+    try:
+        return CatchUp(drafter, input_batch) if _is_understood(drafter) else None
+    except Exception as error:
+        logger.error("specdec: plain steps run the head as well: %s", error, exc_info=error)
+        return None
 
 
 def _is_understood(drafter: Any) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.monitor import Draft, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
@@ -16,6 +16,17 @@ logger = logging.getLogger("vllm.specdec")
 
 IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
 FORGET_EVERY = 256  # steps between two looks for ended requests
+
+
+class Step(NamedTuple):
+    """One that was scheduled and has not ended. ``batch`` is 0 where not all of it decodes: such a step counts not."""
+
+    begun_sec: float
+    asked: int  # K of the step before, whose drafts this one verifies
+    width: int  # K
+    batch: int = 0
+    steady: bool = False  # whether its time is that of its batch and K
+    num_without: int = 0  # sequences that were to have drafts and got none
 
 
 class Control:
@@ -38,9 +49,10 @@ class Control:
         self.pinned: dict[str, int] = {}  # request -> its own number of draft tokens
         self._auto_width = policy.max_draft_tokens if policy is not None else 0  # of requests that are not pinned
         self._drafts: Counter[Draft] = Counter()  # of the step that runs
+        self._tries: Counter[tuple[int, int]] = Counter()  # the same for the policy: tokens asked for, accepted
         self._ended_sec: float | None = None
-        self._begun_sec = 0.0
-        self._step: tuple[int, int, bool] | None = None  # batch, K, whether its time is a steady one; None: no decode
+        self._steps: deque[Step] = deque(maxlen=16)  # asynchronous: the next is scheduled before the last has ended
+        self._asked = 0
         self._reported: int | None = None
         self._steps_to_forget = FORGET_EVERY
 
@@ -72,40 +84,50 @@ class Control:
 
     def scheduled(self, output: Any) -> None:
         """A step is about to run. Only decode steps count, for the policy those that verify the K that they draft."""
-        self._begun_sec = self.clock()
+        begun_sec = self.clock()
+        asked, width = self._asked, output.num_spec_tokens_to_schedule
+        self._asked = width
         drafts, tokens = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
         lengths = Counter(map(len, drafts.values()))
         lengths[0] += len(tokens) - len(drafts)
         num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())
         if not tokens or output.scheduled_new_reqs or sum(tokens.values()) != num_decoded:
-            self._step = None
+            self._steps.append(Step(begun_sec, asked, width))
             return
-        width = output.num_spec_tokens_to_schedule
-        self._step = len(tokens), width, lengths[width] == len(tokens)
+        # A lookup drafts what it finds. Its steps are timed as they come, and what it did not find counts as rejected.
+        steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
+        num_without = lengths[0] if asked and not self.pinned else 0
+        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without))
 
     def drafted(self, request: Any, num_drafted: int, num_accepted: int) -> None:
         """One sequence's verification."""
         output_ids = request.output_token_ids
         span = self.spans.span(request.request_id, request.prompt_token_ids or (), output_ids)
         self._drafts[Draft(num_drafted, num_accepted, position_bucket(len(output_ids)), span)] += 1
+        asked = self._steps[0].asked if self._steps and not self.pinned else 0
+        self._tries[max(asked, num_drafted), num_accepted] += 1
 
     def ended(self, num_tokens: int, is_alive: Callable[[str], bool]) -> None:
         """The step's ``num_tokens`` output tokens are booked. ``is_alive`` tells whether a request still exists."""
         now = self.clock()
+        step = self._steps.popleft() if self._steps else Step(now, 0, 0)
+        if self.policy is not None:
+            self._tries[step.asked, 0] += step.num_without
+            for (num_asked, num_accepted), count in self._tries.items():
+                if num_asked and count:
+                    self.policy.observe_draft(num_asked, num_accepted, count)
         for draft, count in self._drafts.items():
-            if self.policy is not None:
-                self.policy.observe_draft(draft.num_drafted, draft.num_accepted, count)
             self.monitor.observe_drafts(draft, count, self._now())
         self._drafts.clear()
-        if self._step is not None:
-            batch, width, steady = self._step
-            waited = self._ended_sec is None or self._begun_sec - self._ended_sec > IDLE_SEC
-            seconds = now - (self._begun_sec if waited or self._ended_sec is None else self._ended_sec)
-            if steady and self.policy is not None:
-                self.policy.observe_step(batch, width, seconds)
-            plain = self._plain_tok_per_sec(batch)
-            self.monitor.observe_step(batch, width, seconds, num_tokens, self._now(), plain)
-        self._ended_sec, self._step = now, None
+        self._tries.clear()
+        if step.batch:
+            waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
+            seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
+            if step.steady and self.policy is not None:
+                self.policy.observe_step(step.batch, step.width, seconds)
+            plain = self._plain_tok_per_sec(step.batch)
+            self.monitor.observe_step(step.batch, step.width, seconds, num_tokens, self._now(), plain)
+        self._ended_sec = now
         self._steps_to_forget -= 1
         if self._steps_to_forget == 0:
             self._steps_to_forget = FORGET_EVERY

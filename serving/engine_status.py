@@ -57,7 +57,7 @@ class EngineStatus:
     ) -> None:
         self.engine_client, self.facts, self.timeout_sec, self.clock = engine_client, facts, timeout_sec, clock
         self.latest: dict[str, Any] | None = None
-        self._latest_sec = 0.0
+        self._latest_sec, self._started_sec = 0.0, clock()
         self._open: asyncio.Task[dict[str, Any]] | None = None
 
     @property
@@ -111,7 +111,7 @@ class EngineStatus:
             raise EngineUnavailableError(f"the engine answered {text[:100]!r} instead of a status")
         if "error" in answer:
             raise (BadPolicyError if "policy" in command else EngineUnavailableError)(str(answer["error"]))
-        answer = {**dict.fromkeys(KEYS), **answer}
+        answer = {**dict.fromkeys(KEYS), "uptime_sec": self.clock() - self._started_sec, **answer}
         self.latest = answer | {name: fact for name, fact in self.facts.items() if answer.get(name) is None}
         self._latest_sec = self.clock()
         return self.latest

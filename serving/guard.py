@@ -17,7 +17,6 @@ MAX_BYTES_VARIABLE = "SPECDEC_MAX_REQUEST_BYTES"
 DEFAULT_MAX_BYTES = 8 * 2**20
 WIDEST_DRAFT = 64  # tokens that a request may ask for where the server's largest K is not known
 XARG = "specdec"  # the key in vllm_xargs
-GUARDED_PREFIX = "/v1/"
 ERROR_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -44,7 +43,9 @@ def max_request_bytes(text: str | None) -> int:
 
 
 class RequestGuard:
-    """Middleware for POST to ``/v1/*``: 413 for a body over ``max_body_bytes``, 400 for a bad ``vllm_xargs.specdec``.
+    """Middleware for POST: 413 for a body over ``max_body_bytes``, 400 for a bad ``vllm_xargs.specdec``.
+
+    On whatever path: vLLM takes prompts on some outside of ``/v1`` as well (``/tokenize``, ``/invocations``).
 
     The body is read as a whole, as vLLM would, and handed on; everything after it (a client that leaves) passes.
     """
@@ -54,7 +55,7 @@ class RequestGuard:
         self.max_draft_tokens = WIDEST_DRAFT if max_draft_tokens is None else max_draft_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _path(scope).startswith(GUARDED_PREFIX):
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
@@ -85,10 +86,6 @@ class RequestGuard:
             f"the request's body is larger than {self.max_body_bytes} bytes, the most that this server takes "
             f"({MAX_BYTES_VARIABLE} sets it)",
         )
-
-
-def _path(scope: Scope) -> str:
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def bad_xarg(body: bytes, max_draft_tokens: int) -> str | None:

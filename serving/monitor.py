@@ -93,13 +93,13 @@ class Monitor:
         self.by_span = {span: DraftRates(max_draft_tokens) for span in SPANS}
         self.by_position = [DraftRates(max_draft_tokens) for _ in POSITION_EDGES]
         self.k_histogram: Counter[int] = Counter()
-        self.num_output_tokens = 0
+        self.num_output_tokens = self.num_sequence_steps = 0
         self.decode_sec = self.fallback_sec = 0.0
         self.batch = 0
         self.drift = DriftDetector(trained_rates[:max_draft_tokens])
         self.history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._recent_tokens = self._recent_sec = 0.0
+        self._recent_tokens = self._recent_sec = self._recent_sequences = 0.0
 
     def observe_drafts(self, draft: Draft, count: int, at_sec: float) -> None:
         """``count`` sequences' verifications of one kind."""
@@ -115,12 +115,14 @@ class Monitor:
         """A step that only decoded; ``plain``: tokens per second that plain decode would give, None: unknown."""
         self.k_histogram[num_draft_tokens] += 1
         self.num_output_tokens += num_tokens
+        self.num_sequence_steps += batch
         self.decode_sec += seconds
         self.fallback_sec += seconds if num_draft_tokens == 0 else 0.0
         self.batch = batch
         keep = max(0.0, 1 - seconds / RECENT_SEC)
         self._recent_tokens = keep * self._recent_tokens + num_tokens
         self._recent_sec = keep * self._recent_sec + seconds
+        self._recent_sequences = keep * self._recent_sequences + batch
         if not self.history or at_sec - self.history[-1]["at_sec"] >= HISTORY_SEC:
             point = {
                 "at_sec": at_sec,
@@ -142,12 +144,18 @@ class Monitor:
         """Output tokens of all sequences per second of decode time."""
         return self._recent_tokens / self._recent_sec if self._recent_sec else None
 
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Of one sequence; unlike τ, steps without a draft count."""
+        return self._recent_tokens / self._recent_sequences if self._recent_sequences else None
+
     def status(self) -> dict[str, Any]:
         """The figures, ready for JSON; what is not known is None."""
         return {
             "acceptance_length": self.recent.acceptance_length,
             "per_position_rates": self.recent.per_position_rates,
             "conditional_rates": self.recent.conditional_rates,
+            "tokens_per_step": self.tokens_per_step,
             "goodput_tok_per_sec": self.goodput_tok_per_sec,
             "fallback_share": self.fallback_sec / self.decode_sec if self.decode_sec else None,
             "alarm": "drift" if self.drift.reason else None,
@@ -159,6 +167,7 @@ class Monitor:
                 "num_draft_tokens": round(sum(self.total.drafted)),
                 "num_accepted_tokens": round(self.total.num_accepted),
                 "num_output_tokens": self.num_output_tokens,
+                "num_sequence_steps": self.num_sequence_steps,
                 "drafted_per_position": [round(count) for count in self.total.drafted],
                 "reached_per_position": [round(count) for count in self.total.reached],
                 "accepted_per_position": [round(count) for count in self.total.accepted],
@@ -181,6 +190,8 @@ def _summary(rates: DraftRates) -> dict[str, Any]:
         "num_draft_tokens": round(sum(rates.drafted)),
         "num_accepted_tokens": round(rates.num_accepted),
         "acceptance_length": rates.acceptance_length,
+        "per_position_rates": rates.per_position_rates,
+        "conditional_rates": rates.conditional_rates,
     }
 
 

@@ -6,19 +6,21 @@ each candidate K is judged by expected tokens over measured step time,
     goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
 with c the conditional acceptance rates of the last drafts and T the median time of decode steps (a machine's pauses
-have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each),
-what may have changed is tried again: from plain decode a short probe now and then, further apart each time that it
-does not pay. Pure Python; knows no server.
+have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each;
+until that succeeds, the nearest batch size that is known decides), what may have changed is tried again: from plain
+decode a short probe now and then, further apart each time that it does not pay. Pure Python; knows no server.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
+DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 STATIC = "static"  # no policy: vLLM's own scheduler, K at every step
 
 
@@ -51,21 +53,28 @@ class PolicySettings:
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     time_window: int = 33  # steps that count, of each batch size and K
-    hopeless_drafts: int = 8  # after so many a probe may end early,
+    hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
 
 
 @dataclass(slots=True)
 class AcceptanceModel:
-    """Decayed counts of how often position i was accepted when it was reached."""
+    """Decayed counts of how often position i was accepted when it was reached.
+
+    The prior counts as ``prior_weight`` drafts. When the first position, which every draft reaches, falls ``DOUBT``
+    standard deviations below it, what training said of it is taken back, and what it said of the others, which are then
+    seldom reached, is lowered by the same factor: a useless head is soon seen.
+    """
 
     prior: list[float]
     window: float
     prior_weight: float
     tries: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
+    prior_tries: list[float] = field(default_factory=list)  # the prior's part of ``tries``
 
     def __post_init__(self) -> None:
+        self.prior_tries = [self.prior_weight] * len(self.prior)
         self.tries = [self.prior_weight] * len(self.prior)
         self.hits = [self.prior_weight * rate for rate in self.prior]
 
@@ -76,13 +85,29 @@ class AcceptanceModel:
         for i in range(min(num_drafted, num_accepted + 1, len(self.tries))):
             self.tries[i] = keep * self.tries[i] + weight
             self.hits[i] = keep * self.hits[i] + weight * (i < num_accepted)
+            self.prior_tries[i] *= keep
+        if self.tries:
+            self._doubt()
 
     def forget(self, num_drafts: float) -> None:
         """Let what was seen so far count as ``num_drafts`` drafts at most, so that what comes next decides."""
         for i, tries in enumerate(self.tries):
             if tries > num_drafts:
                 self.hits[i] *= num_drafts / tries
+                self.prior_tries[i] *= num_drafts / tries
                 self.tries[i] = num_drafts
+
+    def _doubt(self) -> None:
+        prior, weight = self.prior[0], self.prior_tries[0]
+        seen = self.tries[0] - weight
+        missing = seen * prior - (self.hits[0] - weight * prior)
+        if weight and seen >= DOUBT_DRAFTS and missing > DOUBT * math.sqrt(seen * prior * (1 - prior)):
+            self.tries[0], self.prior_tries[0] = seen, 0.0
+            self.hits[0] = max(0.0, self.hits[0] - weight * prior)
+            lost = 1 - self.hits[0] / (seen * prior)
+            for i in range(1, len(self.hits)):
+                self.hits[i] = max(0.0, self.hits[i] - lost * self.prior_tries[i] * self.prior[i])
+                self.prior[i] *= 1 - lost
 
     @property
     def conditional_rates(self) -> list[float]:
@@ -115,6 +140,11 @@ class StepTimes:
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:
         """At most the window."""
         return len(self._last.get((bucket(batch), num_draft_tokens), ()))
+
+    def nearest(self, batch: int, max_draft_tokens: int) -> int:
+        """The batch size closest to ``batch`` whose plain and widest steps were timed; ``batch`` where none was."""
+        sizes = [size for size, k in self._medians if k == 0 and (size, max_draft_tokens) in self._medians]
+        return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)
 
     def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
         """Seconds; between two measured widths by a straight line, None outside them."""
@@ -150,7 +180,10 @@ class Policy:
         self._steps_since_change = 0
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial: tuple[int, int] | None = None  # K on trial, steps left
+        self._is_probe = False
         self._probe_steps = self.settings.first_probe_steps
+        self._num_steps = 0
+        self._untimed: dict[tuple[int, int], tuple[int, int]] = {}  # batch and K -> step of the next trial, interval
 
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.
@@ -183,6 +216,7 @@ class Policy:
             return 0
         if self.mode == FIXED:
             return self.fixed
+        self._num_steps += 1
         self._steps_since_change += 1
         self._steps_since_trial += 1
         if self._trial is not None:
@@ -190,24 +224,24 @@ class Policy:
             self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
             if self._trial is not None:
                 return width
-            self._decide(batch, was_trial=True)
+            self._decide(batch, after_trial=True)
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
             return self._try(unknown, f"timing K={unknown} at batch {bucket(batch)}")
         if self._steps_since_change >= self.settings.dwell_steps:
-            self._decide(batch, was_trial=False)
+            self._decide(batch)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
             steps = max(self.settings.trial_steps, self.settings.probe_drafts // batch)
-            return self._try(self.max_draft_tokens, "probing whether speculation pays again", steps)
+            return self._try(self.max_draft_tokens, "probing whether speculation pays again", steps, is_probe=True)
         if self.chosen > 0 and self._steps_since_trial >= self.settings.recheck_steps:
             return self._try(0, "timing plain decode again")
         return self.chosen
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
-        """Expected tokens per second of one sequence; None while the step time is unknown."""
-        seconds = self.times.estimate(batch, num_draft_tokens)
+        """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""
+        seconds = self.times.estimate(self.times.nearest(batch, self.max_draft_tokens), num_draft_tokens)
         return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
@@ -221,32 +255,42 @@ class Policy:
         return max(goodputs[1:]) < goodputs[0]
 
     def _unknown(self, batch: int) -> int | None:
-        """The ends of the range must have been timed at this batch size; between them a line will do."""
+        """K to time at this batch size. The ends of the range must be known; between them a line will do.
+
+        Where no step is of use (one that also reads a prompt is not) trials come further and further apart.
+        """
         for width in (self.max_draft_tokens, 0):
-            if self.times.num_observed(batch, width) < 2:
+            if self.times.num_observed(batch, width) >= 2:
+                continue
+            next_step, interval = self._untimed.get((bucket(batch), width), (0, self.settings.first_probe_steps))
+            if self._num_steps >= next_step:
+                later = self._num_steps + interval, min(2 * interval, self.settings.max_probe_steps)
+                self._untimed[bucket(batch), width] = later
                 return width
         return None
 
-    def _try(self, width: int, reason: str, steps: int | None = None) -> int:
-        self._trial = width, steps or self.settings.trial_steps
+    def _try(self, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
+        self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
         self._steps_since_trial = self._drafts_since_trial = 0
         self.reason = reason
         return width
 
-    def _decide(self, batch: int, was_trial: bool) -> None:
+    def _decide(self, batch: int, after_trial: bool = False) -> None:
         goodputs = {k: self.goodput(batch, k) for k in range(self.max_draft_tokens + 1)}
         known = {k: value for k, value in goodputs.items() if value is not None}
         if not known:
             return
+        before, now = self.chosen, known.get(self.chosen)
         best = max(known, key=lambda k: known[k])
-        now = known.get(self.chosen)
-        if best == self.chosen or (now is not None and known[best] <= now * (1 + self.settings.margin)):
-            if was_trial and self.chosen == 0:
-                self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
-            return
-        self.reason = f"K={best} gives {known[best]:.1f} tokens/s a sequence, K={self.chosen} " + (
-            f"{now:.1f}" if now is not None else "is not timed"
-        )
-        self.chosen = best
-        self._steps_since_change = 0
-        self._probe_steps = self.settings.first_probe_steps
+        is_better = best != before and (now is None or known[best] > now * (1 + self.settings.margin))
+        if is_better:
+            self.chosen = best
+            self._steps_since_change = self._steps_since_trial = 0
+            self._probe_steps = self.settings.first_probe_steps
+        elif after_trial and self._is_probe:
+            self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
+        others = {k: value for k, value in known.items() if k != before}
+        other = before if is_better else max(others, key=lambda k: others[k], default=None)
+        if (is_better or after_trial) and other is not None:
+            than = f"{known[other]:.1f}" if other in known else "is not timed"
+            self.reason = f"K={self.chosen} gives {known[self.chosen]:.1f} tokens/s a sequence, K={other} {than}"

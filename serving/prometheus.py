@@ -74,6 +74,9 @@ GAUGES = (
     Figure("num_speculative_tokens", "K: tokens drafted a step, now.", _at("num_speculative_tokens")),
     Figure("max_speculative_tokens", "The largest K.", _at("max_speculative_tokens")),
     Figure("acceptance_length", "Tokens a draft gains, bonus token included; recent.", _at("acceptance_length")),
+    Figure(
+        "tokens_per_step", "Tokens a sequence gains in a step, with or without a draft; recent.", _at("tokens_per_step")
+    ),
     Figure("trained_acceptance_length", "The same as training measured it.", _at("trained", "acceptance_length")),
     Figure("conditional_rate", "Accepted at a position / reached; recent.", _at("conditional_rates"), "position"),
     Figure(
@@ -91,6 +94,7 @@ GAUGES = (
 COUNTERS = (
     Figure("steps", "Decode steps by K.", _at("k_histogram"), "k", counter=True),
     Figure("drafts", "Drafts verified.", _at("totals", "num_drafts"), counter=True),
+    Figure("sequence_steps", "Sequences of decode steps.", _at("totals", "num_sequence_steps"), counter=True),
     Figure("output_tokens", "Output tokens of decode steps.", _at("totals", "num_output_tokens"), counter=True),
     Figure(
         "drafted_tokens", "Tokens drafted at a position.", _at("totals", "drafted_per_position"), "position",

@@ -2,8 +2,11 @@
 
 **Questions.** The engine answers ``specdec`` (status, policy), which the HTTP endpoints pass on.
 
-**Plain decode without the head's forward** (``serving/catch_up.py``), and Medusa with any number of draft tokens: vLLM
-0.32's proposer takes only the number it was started with.
+**Plain decode without the head's forward** (``serving/catch_up.py``).
+
+**Medusa.** With any number of draft tokens: vLLM 0.32's proposer takes only the number it was started with. And with a
+truncated vocabulary: vLLM 0.32 makes the file's ``token_map`` a parameter while it loads, does not count it as loaded,
+and then refuses the head because a parameter is missing from its file.
 
 On CPU also:
 
@@ -11,6 +14,9 @@ On CPU also:
 tokens converts its *output* to int64 first: temperatures and top-p, being float32, are written into a copy, and the
 rejection sampler then divides by uninitialised memory. Greedy decoding never comes there; at temperature > 0 nearly
 every draft is rejected, and what is sampled does not follow the target's distribution.
+
+**Seeds.** After each part of a prompt that is prefilled in chunks, vLLM 0.32 rewinds the request's generator. A CPU
+generator has no offset: the exception ends the engine.
 
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
@@ -54,6 +60,7 @@ def register() -> None:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
+        CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
 
 
 def answer(engine: Any, request: str) -> str:
@@ -64,12 +71,14 @@ def answer(engine: Any, request: str) -> str:
 
 
 def _patch_runner() -> None:
+    from vllm.model_executor.models.medusa import Medusa
     from vllm.v1.spec_decode.medusa import MedusaProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if not hasattr(GPUModelRunner.propose_draft_token_ids, "__wrapped__"):  # else: loaded before
         GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
         MedusaProposer.propose = any_width(MedusaProposer.propose)
+        Medusa.load_weights = with_token_map(Medusa.load_weights)
 
 
 def any_width(propose: Any) -> Any:
@@ -85,6 +94,17 @@ def any_width(propose: Any) -> Any:
     return first_drafts
 
 
+def with_token_map(load_weights: Any) -> Any:
+    """Medusa's ``load_weights``, which then also names the ``token_map`` that it has loaded."""
+
+    @functools.wraps(load_weights)
+    def load(model: Any, weights: Any) -> set[str]:
+        loaded: set[str] = load_weights(model, weights)
+        return loaded if model.token_map is None else loaded | {"token_map"}
+
+    return load
+
+
 def unpinned(compile_model: Any) -> Any:
     """``compile_model`` with the calling thread on any core that its parent process may use, and pinned again after."""
 
@@ -98,6 +118,29 @@ def unpinned(compile_model: Any) -> Any:
             os.sched_setaffinity(0, cores)
 
     return on_any_core
+
+
+def with_restarted_generators(bookkeeping: Any) -> Any:
+    """The runner's ``_bookkeeping_sync``, which leaves the generators of requests whose token is discarded to us.
+
+    One that has produced nothing starts over, so that chunks do not change what a seed gives. One that is prefilled
+    again after a preemption keeps what it has drawn: the same numbers again would follow from its own tokens.
+    """
+
+    @functools.wraps(bookkeeping)
+    def keep_books(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        is_discarded = runner.discard_request_mask.np[: batch.num_reqs]
+        ours = {i: batch.generators.pop(i) for i in list(batch.generators) if is_discarded[i]}
+        for i, generator in ours.items():
+            if not runner.requests[batch.req_ids[i]].output_token_ids:
+                generator.manual_seed(generator.initial_seed())
+        try:
+            return bookkeeping(runner, *args, **kwargs)
+        finally:
+            batch.generators.update(ours)
+
+    return keep_books
 
 
 def expand(

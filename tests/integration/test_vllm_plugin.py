@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from serving.vllm_plugin import expand, register, unpinned
+from serving.vllm_plugin import any_width, expand, register, unpinned, with_restarted_generators, with_token_map
 
 pytestmark = pytest.mark.vllm
 
@@ -50,3 +50,72 @@ def test_compiling_uses_any_core_and_the_pin_comes_back(monkeypatch):
     with pytest.raises(RuntimeError, match="compiler"):
         unpinned(compile_model)(SimpleNamespace())
     assert pinned == [{0}, {0, 1, 2}, {0}]
+
+
+def medusa_with_a_truncated_vocabulary():
+    """vLLM's own model, as far as its ``load_weights`` looks."""
+    from vllm.model_executor.models.medusa import Medusa
+
+    model = Medusa.__new__(Medusa)
+    torch.nn.Module.__init__(model)
+    model.config, model.token_map = SimpleNamespace(original_lm_head=True), None
+    model.truncated_vocab_size, model.orig_vocab_size = 2, 4
+    model.lm_head = torch.nn.Linear(3, 2, bias=False)
+    model.lm_heads = [model.lm_head]
+    return model
+
+
+def test_a_truncated_medusa_head_loads():
+    pytest.importorskip("vllm", reason="needs vLLM")
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.models.medusa import Medusa
+
+    def load(load_weights) -> list[int]:
+        model = medusa_with_a_truncated_vocabulary()
+        weights = [("token_map", torch.tensor([0, 3])), ("lm_head.weight", torch.ones(2, 3))]
+        DefaultModelLoader.track_weights_loading(SimpleNamespace(), model, load_weights(model, weights))
+        return model.token_map.tolist()
+
+    theirs = getattr(Medusa.load_weights, "__wrapped__", Medusa.load_weights)
+    with pytest.raises(ValueError, match="token_map"):  # the day that it does not: remove with_token_map
+        load(theirs)
+    assert load(with_token_map(theirs)) == [0, 3]
+
+
+def test_medusa_drafts_any_number_of_tokens():
+    def propose(proposer, num_speculative_tokens, target_hidden_states, sampling_metadata):
+        assert num_speculative_tokens == proposer.num_speculative_tokens == 3
+        return torch.arange(6).view(2, 3)
+
+    proposer, states = SimpleNamespace(num_speculative_tokens=3), torch.zeros(2, 8)
+    for width in range(4):
+        drafts = any_width(propose)(
+            proposer, num_speculative_tokens=width, target_hidden_states=states, sampling_metadata=None
+        )
+        assert drafts.tolist() == torch.arange(6).view(2, 3)[:, :width].tolist()
+
+
+def test_a_seeded_prompt_in_chunks_starts_its_generator_over_and_the_engine_lives():
+    generators = {i: torch.Generator().manual_seed(i) for i in range(3)}
+    wanted = torch.rand(1, generator=torch.Generator().manual_seed(0))
+    for generator in generators.values():
+        torch.rand(4, generator=generator)  # the token of the chunk that is discarded
+    advanced = {i: generator.get_state() for i, generator in generators.items()}
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(generators=generators, num_reqs=3, req_ids=["new", "resumed", "decoding"]),
+        discard_request_mask=SimpleNamespace(np=[True, True, False, True]),
+        requests={name: SimpleNamespace(output_token_ids=[5] * (name != "new")) for name in ("new", "resumed")},
+    )
+
+    def bookkeeping(runner, result):
+        for i in (0, 1):  # as vLLM does, where there is one
+            if (generator := runner.input_batch.generators.get(i)) is not None:
+                generator.set_offset(generator.get_offset() - 4)
+        return result
+
+    with pytest.raises(RuntimeError, match="offset"):
+        bookkeeping(runner, "result")
+    assert with_restarted_generators(bookkeeping)(runner, "result") == "result"
+    assert set(generators) == {0, 1, 2}
+    assert torch.equal(generators[1].get_state(), advanced[1]) and torch.equal(generators[2].get_state(), advanced[2])
+    assert torch.equal(torch.rand(1, generator=generators[0]), wanted)

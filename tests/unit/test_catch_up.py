@@ -165,6 +165,31 @@ def test_a_step_that_verified_drafts_is_not_put_off():
     assert len(world.drafter.calls) == 1
 
 
+@pytest.mark.parametrize("what", ["_keep", "_merge"])
+def test_a_failure_costs_no_draft_and_ends_the_putting_off(monkeypatch, what):
+    world = World(a=5)
+    world.step(0)
+
+    def fail(*_):
+        raise RuntimeError("another vLLM")
+
+    monkeypatch.setattr(world.catch_up, what, fail)
+    assert world.step(2).shape == (1, 2)
+    if what == "_keep":
+        assert world.step(0).shape == (1, 0)
+    monkeypatch.undo()
+    num_calls = len(world.drafter.calls)
+    world.step(0)
+    assert len(world.drafter.calls) == num_calls + 1
+    assert world.drafter.calls[-1]["target_positions"].tolist() == [world.positions["a"] - 1]
+
+
+def test_a_proposer_of_another_shape_is_left_alone():
+    runner = SimpleNamespace(drafter=SimpleNamespace(method="eagle3", draft_attn_groups=["group"]))
+    runner.input_batch = SimpleNamespace(req_ids=[])
+    assert with_catch_up(lambda runner, width: width)(runner, 3) == 3
+
+
 @pytest.mark.parametrize("method,wrapped", [("eagle3", True), ("eagle", True), ("mtp", False), ("medusa", False)])
 def test_only_proposers_that_it_understands_are_wrapped(method, wrapped):
     runner = SimpleNamespace(drafter=Drafter(), input_batch=SimpleNamespace(req_ids=[]))

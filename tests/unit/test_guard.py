@@ -116,17 +116,17 @@ def test_size_that_was_not_declared_is_refused_while_reading():
     assert status == 413 and not app.called and order.count("receive") == 2
 
 
-@pytest.mark.parametrize(
-    ("path", "method"), [("/specdec/policy", "POST"), ("/v1/models", "GET"), ("/v10/x", "POST"), ("/metrics", "POST")]
-)
+@pytest.mark.parametrize(("path", "method"), [("/specdec/policy", "PUT"), ("/v1/models", "GET"), ("/metrics", "GET")])
 def test_other_requests_are_not_looked_at(path, method):
     bad = json.dumps({"vllm_xargs": {"specdec": "fast"}, "pad": "x" * 200}).encode()
     app, status, _, order = drive([bad], path=path, method=method, declared=b"5000")
     assert status == 200 and app.body == bad and order[0] == "receive"
 
 
-def test_prefix_of_a_proxy_does_not_hide_a_request():
-    assert drive([b"x" * 101], root_path="/llm")[1] == 413
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/invocations", "/inference/v1/generate"])
+def test_no_path_that_takes_prompts_takes_more(path):
+    assert drive([b"x" * 101], path=path)[1] == drive([b"x" * 101], path=path, root_path="/llm")[1] == 413
+    assert drive([json.dumps({"vllm_xargs": {"specdec": "fast"}}).encode()], path=path)[1] == 400
 
 
 def test_other_scopes_pass():

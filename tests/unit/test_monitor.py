@@ -58,12 +58,16 @@ def test_status_has_every_figure_and_is_json():
     status = json.loads(json.dumps(monitor.status()))
     assert status["goodput_tok_per_sec"] == pytest.approx(25, rel=0.1)
     assert status["fallback_share"] == pytest.approx(0.75)
+    assert status["tokens_per_step"] == pytest.approx(10 / 6, rel=0.1)  # τ would leave the plain step out
     assert status["k_histogram"] == {"0": 1, "3": 1}
     totals = status["totals"]
     assert (totals["num_drafts"], totals["num_draft_tokens"], totals["num_accepted_tokens"]) == (3, 8, 4)
+    assert (totals["num_output_tokens"], totals["num_sequence_steps"]) == (10, 6)
     assert totals["drafted_per_position"] == [3, 3, 2] and totals["reached_per_position"] == [3, 3, 0]
     assert totals["accepted_per_position"] == [3, 1, 0]
     assert status["by_span"]["think"]["acceptance_length"] == 2.0
+    assert status["by_span"]["think"]["conditional_rates"] == [1.0, 0.0, None]
+    assert status["by_output_position"][1]["per_position_rates"] == [1.0, 1.0, None]
     assert [bucket["num_drafts"] for bucket in status["by_output_position"]] == [2, 1, 0, 0, 0]
     assert len(status["history"]) == 1  # one point a second
 

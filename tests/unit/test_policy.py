@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.policy import AcceptanceModel, Policy, PolicySettings, StepTimes, bucket
@@ -81,8 +81,34 @@ def test_a_useless_head_is_given_up_within_five_seconds_and_seldom_asked_again()
     engine = Engine(Policy(K, GOOD)).run(4000, 4, BAD)
     first_plain = next(i for i in range(len(engine.widths)) if set(engine.widths[i : i + 20]) == {0})
     assert sum(step_sec(4, width) for width in engine.widths[:first_plain]) < 5
+    assert engine.policy.reason.startswith("K=0 gives "), "what was decided stands there, not what was tried last"
     late = engine.widths[2000:]
     assert sum(width > 0 for width in late) < 0.02 * len(late)
+
+
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("plain_sec", [0.025, 0.12])
+@pytest.mark.parametrize("dearness", [0.15, 0.5, 1.5])
+def test_within_five_seconds_a_useless_head_costs_little_at_any_load(width, plain_sec, dearness):
+    """``dearness``: what ``width`` drafts add to a plain step. K follows a step late, as it does in a server."""
+    rates, prior = (0.03,) * width, (0.75, 0.7, 0.65, 0.6, 0.6)
+
+    def true_goodput(k: int) -> float:
+        return expected(rates, k) / (1 + dearness * k / width)
+
+    best = max(true_goodput(k) for k in range(width + 1))
+    for batch, seed in [(1, 0), (1, 1), (1, 2), (2, 3), (4, 4), (8, 5), (16, 6), (32, 7)]:
+        policy, rng = Policy(width, prior), random.Random(seed)
+        passed_sec, verified = 0.0, 0
+        while passed_sec < 5:
+            drafted = policy.choose(batch)
+            seconds = plain_sec * (1 + dearness * (0.6 * verified + 0.4 * drafted) / width) * rng.gauss(1, 0.05)
+            for _ in range(batch if verified else 0):
+                policy.observe_draft(verified, int(rng.random() < rates[0]))
+            if verified == drafted:
+                policy.observe_step(batch, drafted, seconds)
+            passed_sec, verified = passed_sec + seconds, drafted
+        assert true_goodput(policy.chosen) > 0.93 * best, (batch, policy.chosen)
 
 
 def test_a_head_that_turns_bad_and_good_again_comes_back():
@@ -118,6 +144,14 @@ def test_noise_does_not_make_it_flutter():
     engine = Engine(Policy(K, GOOD), noise=0.25).run(4000, 4, (0.5, 0.4, 0.3))
     changes = sum(a != b for a, b in zip(engine.widths, engine.widths[1:], strict=False))
     assert changes < 0.05 * len(engine.widths) and engine.against_oracle > 0.93
+
+
+def test_the_first_probe_comes_no_sooner_than_its_time_after_speculation_has_ended():
+    engine = Engine(Policy(K, GOOD)).run(900, 2, GOOD)
+    begun = len(engine.widths)
+    engine.run(400, 2, BAD)
+    plain = next(len(list(group)) for width, group in groupby(engine.widths[begun:]) if width == 0)
+    assert plain >= engine.policy.settings.first_probe_steps - 1
 
 
 def test_off_and_fixed_are_obeyed():
@@ -179,3 +213,35 @@ def test_a_machine_that_pauses_now_and_then_does_not_mislead_it():
     for batch in (1, 2, 4):
         engine.run(1500, batch, GOOD)
     assert engine.widths.count(0) < 0.03 * len(engine.widths)
+
+
+def test_where_no_step_can_be_timed_trials_become_rare():
+    """Each step also reads a prompt, or some request has a width of its own."""
+    policy = Policy(K, GOOD)
+    widths = [policy.choose(8) for _ in range(3000)]
+    assert 0 < widths.count(0) < 0.03 * len(widths)
+    assert max(len(list(group)) for width, group in groupby(widths) if width == 0) <= 6
+
+
+def test_a_batch_size_that_cannot_be_timed_is_judged_by_the_nearest_that_was():
+    engine = Engine(Policy(K, GOOD), cost=lambda batch, width: 0.02 * (1 + width)).run(600, 4, BAD)
+    policy = engine.policy
+    assert policy.chosen == 0
+    widths = [policy.choose(16) for _ in range(1000)]
+    assert widths.count(0) > 0.95 * len(widths)
+
+
+stretches = st.lists(
+    st.tuples(st.sampled_from([1, 2, 4, 8, 16, 32]), st.floats(0, 0.95), st.floats(0.0, 1.5)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=8)
+@given(stretches, st.floats(0, 0.2), st.integers(0, 1000))
+def test_however_load_acceptance_and_cost_change_it_stays_near_the_best(changes, noise, seed):
+    """``changes``: batch size, acceptance, and what K drafts add to a step, for 500 steps each."""
+    engine = Engine(Policy(K, GOOD), seed, noise)
+    for batch, rate, dearness in changes:
+        engine.cost = lambda batch, width, dearness=dearness: 0.02 * (1 + dearness * width / K)
+        engine.run(500, batch, (rate,) * K)
+    assert engine.against_oracle > 0.8 and engine.against_plain > 0.9

@@ -43,6 +43,8 @@ def test_a_scrape_gives_the_engines_figures_of_now():
     wanted = {
         "specdec:num_speculative_tokens": 3,
         "specdec:acceptance_length": 2.31,
+        "specdec:tokens_per_step": 2.02,
+        "specdec:sequence_steps_total": 66300,
         "specdec:conditional_rate{position=0}": 0.68,
         "specdec:trained_conditional_rate{position=3}": 0.52,
         "specdec:goodput_tok_per_sec": 61.4,

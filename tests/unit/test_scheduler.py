@@ -111,6 +111,56 @@ def test_only_steady_decode_steps_are_timed(control):
     assert times.estimate(2, 0) == pytest.approx(0.02)
 
 
+def lookup_step(width: int = 3):
+    """Two sequences, of which only the first has found drafts."""
+    output = step(2, width, width)
+    output.scheduled_spec_decode_tokens.pop("r1")
+    output.num_scheduled_tokens["r1"] = 1
+    return output
+
+
+def test_a_lookup_is_timed_as_it_comes_and_what_it_does_not_find_counts_as_rejected(control):
+    run(control, step(2, 0, 3), 0.05)
+    for _ in range(200):
+        control.scheduled(lookup_step())
+        control.drafted(SimpleNamespace(request_id="r0", prompt_token_ids=[1], output_token_ids=[2]), 3, 3)
+        control.now[0] += 0.04
+        control.ended(5, lambda _: True)
+    assert control.policy.times.estimate(2, 3) == pytest.approx(0.04)
+    first, second, _ = control.policy.acceptance.conditional_rates
+    assert first == pytest.approx(0.5, abs=0.03) and second > 0.9  # half of the sequences have none
+    assert control.monitor.recent.conditional_rates == [1, 1, 1]  # what was drafted was good
+
+
+def test_a_short_find_counts_as_rejected_where_it_ends(control):
+    run(control, step(1, 0, 3), 0.05)
+    for _ in range(200):
+        control.scheduled(step(1, 1, 3))
+        control.drafted(SimpleNamespace(request_id="r0", prompt_token_ids=[1], output_token_ids=[2]), 1, 1)
+        control.ended(2, lambda _: True)
+    first, second, _ = control.policy.acceptance.conditional_rates
+    assert first > 0.9 and second < 0.2
+    control.added("r0", {"specdec": 1})  # a request that wants no more is no bad draft
+    control.policy.acceptance.forget(1)
+    for _ in range(200):
+        control.scheduled(step(1, 1, 3))
+        control.drafted(SimpleNamespace(request_id="r0", prompt_token_ids=[1], output_token_ids=[2]), 1, 1)
+        control.ended(2, lambda _: True)
+    assert control.policy.acceptance.conditional_rates[1] == pytest.approx(second, abs=0.1)
+
+
+def test_a_step_that_is_scheduled_before_the_last_has_ended_is_not_mixed_up_with_it(control):
+    run(control, step(2, 3, 3), 0.05)
+    control.scheduled(step(2, 3, 3))
+    control.scheduled(step(2, 3, 0))  # asynchronous scheduling
+    control.now[0] += 0.05
+    control.ended(4, lambda _: True)
+    assert control.policy.times.num_observed(2, 3) == 2 and control.monitor.k_histogram == {3: 2}
+    control.now[0] += 0.05
+    control.ended(4, lambda _: True)
+    assert control.policy.times.num_observed(2, 0) == 0 and control.monitor.k_histogram == {3: 2, 0: 1}
+
+
 def test_the_policy_decides_and_learns_a_step_at_a_time(monkeypatch):
     monkeypatch.setenv(POLICY_VARIABLE, '{"policy": "fixed:2", "conditional_rates": [0.9, 0.8, 0.7]}')
     scheduler = started()
