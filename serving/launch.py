@@ -16,7 +16,7 @@ from serving.flags import ServerFlags
 from serving.policy import AUTO, STATIC, parse_policy
 from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
-from serving.traffic import TrafficLog
+from serving.traffic import TrafficLog, claim
 from specdec.config import ServeConfig, TargetConfig
 from specdec.device import Device, vllm_environment
 from specdec.manifest import HeadManifest
@@ -269,16 +269,17 @@ def _add_policy(
         "conditional_rates": manifest.conditional_rates if manifest else [],
         "think_start": _token_ids(target, "<think>"),
         "think_end": _token_ids(target, "</think>"),
-        "traffic": _traffic(serve),
+        "traffic": _traffic(serve, target),
     }
     return {POLICY_VARIABLE: json.dumps(start)}
 
 
-def _traffic(serve: ServeConfig) -> dict[str, Any] | None:
+def _traffic(serve: ServeConfig, target: Target) -> dict[str, Any] | None:
     if not serve.keep_traffic:
         return None
     directory, max_bytes = Path(serve.keep_traffic).resolve(), int(serve.keep_gib * 2**30)
     TrafficLog(directory, serve.keep_share, max_bytes).close()  # what is wrong with them is said now
+    claim(directory, target.fingerprint())
     return {"directory": str(directory), "share": serve.keep_share, "max_bytes": max_bytes}
 
 
