@@ -14,10 +14,13 @@ from collections.abc import Collection
 from serving.monitor import DraftRates
 
 LOSS = 0.15  # of each conditional rate
-THRESHOLD = 10.0  # nats; wide, because the drafts of one conversation resemble each other
+THRESHOLD = 10.0  # nats
+REQUEST_LIMIT = THRESHOLD / 3  # that one request may add: its drafts resemble each other
+LEAST_DRAFTS = 64
 DOUBT = 2.0  # standard errors
 WINDOW = 1024.0  # drafts of the old head that count
-MAX_DRAFTS = 4096  # without a decision: then the heads are alike
+MAX_DRAFTS = 4096  # without a decision: then a lead of REQUEST_LIMIT is enough, and without one the head stays
+ROUNDING = 1e-9
 LEAST_RATE = 0.05  # below it there is nothing to lose
 
 WORSE, KEPT = "worse", "kept"
@@ -36,7 +39,7 @@ class HeadWatch:
         self._good = [
             _lower_bound(accepted, reached) for accepted, reached in zip(old.accepted, old.reached, strict=True)
         ]
-        self._sum = 0.0
+        self._sums: dict[str, float] = {}  # of each request, within its limit
         if not self._good or self._good[0] < LEAST_RATE:
             self._decide(KEPT, f"the old head's {round(old.num_drafts)} recent drafts leave nothing to lose")
 
@@ -45,15 +48,23 @@ class HeadWatch:
         if self.verdict is not None or request_id in self.stale:
             return
         self.new.record(num_drafted, num_accepted)
+        evidence = self._sums.get(request_id, 0.0) + self._evidence(num_drafted, num_accepted)
+        self._sums[request_id] = min(max(evidence, -REQUEST_LIMIT), REQUEST_LIMIT)
+        total, num_drafts = sum(self._sums.values()), self.new.num_drafts
+        needed = (REQUEST_LIMIT if num_drafts >= MAX_DRAFTS else THRESHOLD) - ROUNDING
+        if num_drafts >= LEAST_DRAFTS and total >= needed:
+            self._decide(WORSE, f"the acceptance length fell {self._figures()}")
+        elif (num_drafts >= LEAST_DRAFTS and total <= -needed) or num_drafts >= MAX_DRAFTS:
+            self._decide(KEPT, f"the acceptance length went {self._figures()}")
+
+    def _evidence(self, num_drafted: int, num_accepted: int) -> float:
+        total = 0.0
         for position, good in enumerate(self._good[:num_drafted]):
             if position > num_accepted or good < LEAST_RATE:
                 break
             bad = (1 - LOSS) * good
-            self._sum += math.log(bad / good) if position < num_accepted else math.log((1 - bad) / (1 - good))
-        if self._sum >= THRESHOLD:
-            self._decide(WORSE, f"the acceptance length fell {self._figures()}")
-        elif self._sum <= -THRESHOLD or self.new.num_drafts >= MAX_DRAFTS:
-            self._decide(KEPT, f"the acceptance length went {self._figures()}")
+            total += math.log(bad / good) if position < num_accepted else math.log((1 - bad) / (1 - good))
+        return total
 
     def _decide(self, verdict: str, reason: str) -> None:
         self.verdict, self.reason = verdict, reason

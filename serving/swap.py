@@ -35,6 +35,7 @@ def request_swap(url: str, head_dir: Path, api_key: str | None) -> dict[str, Any
     if response.status_code in (404, 405):
         raise ValueError(f"{url} is no server of `specdec serve` that can swap heads")
     try:
-        raise ValueError(response.json()["error"]["message"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{url} answered {response.status_code}: {response.text[:300]}") from error
+        reason = response.json()["error"]["message"]
+    except (ValueError, TypeError, KeyError):
+        reason = f"{url} answered {response.status_code}: {response.text[:300]}"
+    raise ValueError(reason)
