@@ -83,6 +83,7 @@ class HeadSwap:
         logger.info("specdec: head %s drafts in the place of %s", directory, earlier)
         self.last = {"from": earlier, "to": directory, "state": "unwatched", "reason": UNWATCHED}
         if control is None or control.policy is None:
+            self._proven = None
             self._tell_workers(head_weights.settle)
         else:
             self._watch(control, earlier, order, set(self.scheduler.requests) if keeps_keys else set())

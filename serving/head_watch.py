@@ -20,7 +20,7 @@ LEAST_DRAFTS = 64
 DOUBT = 2.0  # standard errors
 WINDOW = 1024.0  # drafts of the old head that count
 MAX_DRAFTS = 4096  # without a decision: then a lead of REQUEST_LIMIT is enough, and without one the head stays
-ROUNDING = 1e-9
+ROUNDING = 1e-6
 LEAST_RATE = 0.05  # below it there is nothing to lose
 
 WORSE, KEPT = "worse", "kept"
@@ -40,6 +40,7 @@ class HeadWatch:
             _lower_bound(accepted, reached) for accepted, reached in zip(old.accepted, old.reached, strict=True)
         ]
         self._sums: dict[str, float] = {}  # of each request, within its limit
+        self._total = 0.0
         if not self._good or self._good[0] < LEAST_RATE:
             self._decide(KEPT, f"the old head's {round(old.num_drafts)} recent drafts leave nothing to lose")
 
@@ -48,13 +49,15 @@ class HeadWatch:
         if self.verdict is not None or request_id in self.stale:
             return
         self.new.record(num_drafted, num_accepted)
-        evidence = self._sums.get(request_id, 0.0) + self._evidence(num_drafted, num_accepted)
-        self._sums[request_id] = min(max(evidence, -REQUEST_LIMIT), REQUEST_LIMIT)
-        total, num_drafts = sum(self._sums.values()), self.new.num_drafts
+        before = self._sums.get(request_id, 0.0)
+        after = before + self._evidence(num_drafted, num_accepted)
+        self._sums[request_id] = after = min(max(after, -REQUEST_LIMIT), REQUEST_LIMIT)
+        self._total += after - before
+        num_drafts = self.new.num_drafts
         needed = (REQUEST_LIMIT if num_drafts >= MAX_DRAFTS else THRESHOLD) - ROUNDING
-        if num_drafts >= LEAST_DRAFTS and total >= needed:
+        if num_drafts >= LEAST_DRAFTS and self._total >= needed:
             self._decide(WORSE, f"the acceptance length fell {self._figures()}")
-        elif (num_drafts >= LEAST_DRAFTS and total <= -needed) or num_drafts >= MAX_DRAFTS:
+        elif (num_drafts >= LEAST_DRAFTS and self._total <= -needed) or num_drafts >= MAX_DRAFTS:
             self._decide(KEPT, f"the acceptance length went {self._figures()}")
 
     def _evidence(self, num_drafted: int, num_accepted: int) -> float:
