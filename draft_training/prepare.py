@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from draft_training.completions import CompletionLog, Requests, sampling_of
-from draft_training.contamination import load_contamination
+from draft_training.contamination import Contamination, load_contamination
 from draft_training.drops import Drops
 from draft_training.endpoints import generate_over_http
 from draft_training.generate import generate_offline
 from draft_training.row_store import held_out_groups, save_split, write_rows
+from draft_training.served import check_served, served_rows
 from draft_training.sources import Example, PromptGroups, describe_source, examples, filter_examples
 from draft_training.tokenizer import load_tokenizer
 from specdec.config import RunConfig, TracesConfig
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "card.json"
 VAL_PROMPTS_NAME = "val_prompts.jsonl"
 SETTINGS_NAME = "settings.json"
-PLACE_ONLY = ("max_num_seqs", "endpoints", "files", "prompts")  # settings that don't decide what a row holds
+PLACE_ONLY = ("max_num_seqs", "endpoints", "files", "prompts", "served")  # settings that don't decide what a row holds
 
 IdentifiedRow = tuple[str, TokenRow]  # the example's id, its row
 
@@ -44,11 +45,16 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
             that holds rows of other settings.
     """
     traces = config.traces
-    if traces.files and traces.prompts:
-        raise ValueError("give trace files or a prompt file, not both: traces are read, prompts are answered")
+    if sum(map(bool, (traces.files, traces.prompts, traces.served))) > 1:
+        raise ValueError(
+            "give trace files, a prompt file or a served folder, not several: traces and served requests are read, "
+            "prompts are answered"
+        )
     if traces.regenerate and not traces.files:
         raise ValueError("regenerating needs traces whose prompts it can take; prompts are answered without it")
     target = resolve_target(config.target)
+    if traces.served:
+        check_served(Path(traces.served), target)
     settings = _settings(traces, target)
     _claim(out_dir, settings)
     card_path = out_dir / CARD_NAME
@@ -57,9 +63,12 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
         return json.loads(card_path.read_text())
     drops, groups = Drops(), PromptGroups()
     contamination = load_contamination(traces.decontaminate, traces.decontaminate_words)
-    kept = filter_examples(examples(traces, drops), contamination, groups, drops)
     on_policy = traces.regenerate or not traces.files
-    rows = _answered_rows(config, target, kept, out_dir, drops) if on_policy else _trace_rows(target, kept)
+    if traces.served:
+        rows = _served_rows(Path(traces.served), target, contamination, groups, drops)
+    else:
+        kept = filter_examples(examples(traces, drops), contamination, groups, drops)
+        rows = _answered_rows(config, target, kept, out_dir, drops) if on_policy else _trace_rows(target, kept)
     usable = islice(_keep_usable(rows, traces, target, drops), traces.max_rows)
     splits = _write_splits((row for _, row in usable), groups, traces, out_dir, drops)
     drops.log()
@@ -92,6 +101,18 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{out_dir} holds rows of other settings ({names}); pass another --out or delete it")
     else:
         write_json_atomic(path, settings)
+
+
+def _served_rows(
+    directory: Path, target: Target, contamination: Contamination, groups: PromptGroups, drops: Drops
+) -> Iterator[IdentifiedRow]:
+    for where, message, row in served_rows(directory, target, load_tokenizer(target), drops):
+        benchmark = contamination.find(message)
+        if benchmark is not None:
+            drops.add(f"overlaps with {benchmark}", where)
+            continue
+        groups.add(message)
+        yield where, row
 
 
 def _trace_rows(target: Target, kept: Iterator[Example]) -> Iterator[IdentifiedRow]:
@@ -164,7 +185,7 @@ def _write_splits(
     for number, group in enumerate(group_of_row):
         numbers["val" if group in held_out else "train"].append(number)
     splits = {name: save_split(table, numbers[name], out_dir / name) for name in numbers}
-    val_prompts = dict.fromkeys(table.select(numbers["val"])["prompt"])
+    val_prompts = dict.fromkeys(filter(None, table.select(numbers["val"])["prompt"]))
     (out_dir / VAL_PROMPTS_NAME).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in val_prompts))
     whole.unlink()
     return splits

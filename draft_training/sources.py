@@ -109,6 +109,8 @@ def describe_source(traces: TracesConfig) -> dict[str, Any]:
     Raises:
         ValueError: a file can't be read.
     """
+    if traces.served:  # a server may be filling it: its rows are those of the first time
+        return {"served": str(Path(traces.served).resolve())}
     if traces.files:
         return {"traces": {Path(source).name: _digest(source) for source in traces.files}}
     if traces.prompts:

@@ -13,6 +13,7 @@ from typing import Any
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.row_store import load_rows
+from draft_training.warm_start import digest_of, drafted_tokens, head_config_of, load_weights
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
 from specdec.manifest import HeadManifest
@@ -28,16 +29,21 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
     """Train ``config.head`` for ``config.target`` and export it to ``out_dir``.
 
     ``source`` is whatever ``traces.files`` may name, or a directory of rows that ``prepare`` made; None: rows of
-    ``config.traces``.
+    ``config.traces``. With ``train.init_head`` that head goes on learning; what is exported is never worse than it was.
     Running it again continues an interrupted run, and returns at once when the run is complete.
 
     Raises:
         ValueError: bad input or settings, or an ``out_dir`` of another run.
         Interrupted: stopped by a signal; the same command resumes.
     """
+    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
+    if init_dir is not None:
+        config.head = head_config_of(init_dir, config.head)
     spec = load_head(config.head.name)
     options = from_dict(spec.options_cls, config.head.options, "head.options.")
     target = resolve_target(config.target)
+    if init_dir is not None:
+        HeadManifest.load(init_dir).check_target(target.fingerprint())
     aux_layer_ids = spec.aux_layer_ids(options, int(target.config["num_hidden_layers"]))
     rows_dir = _rows_directory(config, source, out_dir)
     card = json.loads((rows_dir / CARD_NAME).read_text())
@@ -68,6 +74,8 @@ def _rows_directory(config: RunConfig, source: str | Path | None, out_dir: Path)
 def _identity(config: RunConfig, card: dict[str, Any], target: Target) -> str:
     hashes = [card["splits"][name]["input_ids_sha256"] for name in ("train", "val")]
     facts = [config.head, config.train]
+    if config.train.init_head is not None:
+        hashes.append(digest_of(Path(config.train.init_head)))
     return text_sha256(*hashes, *map(dump_yaml, facts), json.dumps(dataclasses.asdict(target.fingerprint())))
 
 
@@ -124,8 +132,14 @@ def _train_rows(
         store.fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
     feature_sec = time.monotonic() - started
     vocab_size = int(target.config["vocab_size"])
-    draft_ids = choose_draft_tokens(splits["train"], vocab_size, spec.draft_vocab_size(options, vocab_size))
+    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
+    if init_dir is not None:
+        draft_ids = drafted_tokens(init_dir, vocab_size)
+    else:
+        draft_ids = choose_draft_tokens(splits["train"], vocab_size, spec.draft_vocab_size(options, vocab_size))
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
+    if init_dir is not None:
+        load_weights(head, init_dir)
     head.to(target_model.device)
     trainer = Trainer(
         head=head,
@@ -136,6 +150,7 @@ def _train_rows(
         on_policy=on_policy,
         work_dir=out_dir / "work",
         identity=identity,
+        measure_start=init_dir is not None,
     )
     trainer.run()
     export_dtype = torch.bfloat16

@@ -77,7 +77,10 @@ class Trainer:
         on_policy: bool,
         work_dir: Path,
         identity: str,
+        measure_start: bool = False,
     ) -> None:
+        """``measure_start``: the weights to start from are a candidate for the best."""
+        self.measure_start = measure_start
         self.head, self.train_store, self.val_store = head, train_store, val_store
         self.config, self.on_policy, self.work_dir, self.identity = config, on_policy, work_dir, identity
         self.batches = plan_batches(train_store, config)
@@ -117,6 +120,8 @@ class Trainer:
 
     def _loop(self) -> None:
         total, state, eval_steps = len(self.batches), self.state, self.eval_steps
+        if self.measure_start and state.step == 0:
+            self._evaluate()
         last_save = time.monotonic()
         with progress_bar("training", total) as advance:
             advance(state.step)

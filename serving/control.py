@@ -8,7 +8,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from serving.monitor import Draft, Monitor, SpanTracker, position_bucket
+from serving.head_watch import WINDOW, HeadWatch
+from serving.monitor import Draft, DraftRates, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
 from serving.traffic import TrafficLog
 
@@ -46,6 +47,9 @@ class Control:
         self.started_sec = clock()
         self.overhead_sec = 0.0  # of the hooks
         self.failures = 0
+        self.lately = DraftRates(self._max_width(), WINDOW)  # of the head that drafts
+        self.watch: HeadWatch | None = None  # of a head that was swapped in
+        self.on_verdict: Callable[[], None] = lambda: None  # called once the watch has one
         self.pinned: dict[str, int] = {}  # request -> its own number of draft tokens
         self._auto_width = policy.max_draft_tokens if policy is not None else 0  # of requests that are not pinned
         self._drafts: Counter[Draft] = Counter()  # of the step that runs
@@ -106,6 +110,8 @@ class Control:
         self._drafts[Draft(num_drafted, num_accepted, position_bucket(len(output_ids)), span)] += 1
         asked = self._steps[0].asked if self._steps and not self.pinned else 0
         self._tries[max(asked, num_drafted), num_accepted] += 1
+        if self.watch is not None:
+            self.watch.observe(request.request_id, num_drafted, num_accepted)
 
     def ended(self, num_tokens: int, is_alive: Callable[[str], bool]) -> None:
         """The step's ``num_tokens`` output tokens are booked. ``is_alive`` tells whether a request still exists."""
@@ -118,8 +124,11 @@ class Control:
                     self.policy.observe_draft(num_asked, num_accepted, count)
         for draft, count in self._drafts.items():
             self.monitor.observe_drafts(draft, count, self._now())
+            self.lately.record(draft.num_drafted, draft.num_accepted, count)
         self._drafts.clear()
         self._tries.clear()
+        if self.watch is not None and self.watch.verdict is not None:
+            self.on_verdict()
         if step.batch:
             waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
@@ -133,6 +142,21 @@ class Control:
             self._steps_to_forget = FORGET_EVERY
             self.pinned = {name: width for name, width in self.pinned.items() if is_alive(name)}
             self.spans.forget([name for name in self.spans.known if not is_alive(name)])
+
+    # What a swap of the head does
+
+    def start_over(self, trained_rates: Iterable[float], lately: DraftRates | None = None) -> None:
+        """Another head drafts from now on; ``lately``: what its drafts came to when it drafted before."""
+        self.trained_rates = list(trained_rates)
+        self.lately = lately or DraftRates(self._max_width(), WINDOW)
+        self._drafts.clear()  # the other head's
+        self.monitor.new_head(self.trained_rates)
+        if self.policy is not None:
+            self.policy.new_head(self.trained_rates)
+
+    def event(self, kind: str, what: str) -> None:
+        """For the status' list of events."""
+        self.monitor.event(self._now(), kind, what)
 
     # What people ask
 

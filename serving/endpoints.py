@@ -1,4 +1,4 @@
-"""What ``specdec serve`` adds to vLLM's HTTP server: status, policy, the live page, metrics, and a guard for requests.
+"""What ``specdec serve`` adds to vLLM's HTTP server: status, policy, another head, the live page, metrics, a guard.
 
 A vLLM endpoint plugin (group ``vllm.endpoint_plugins``); vLLM loads it where ``VLLM_PLUGINS`` names it. It asks the
 engine for all that it shows.
@@ -6,6 +6,7 @@ engine for all that it shows.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -19,14 +20,25 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.datastructures import State
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from serving.engine_status import FACTS_VARIABLE, BadPolicyError, EngineStatus, EngineUnavailableError, read_facts
+from serving.engine_status import (
+    FACTS_VARIABLE,
+    BadPolicyError,
+    EngineStatus,
+    EngineUnavailableError,
+    SwapRefusedError,
+    read_facts,
+)
 from serving.guard import MAX_BYTES_VARIABLE, RequestGuard, max_request_bytes, refusal
+from serving.head_check import RunningHead
 from serving.policy import parse_policy
 from serving.prometheus import FreshMetrics, StatusCollector
+from specdec.config import TargetConfig
+from specdec.targets import resolve_target
 
 PAGE = Path(__file__).parent / "page"
 SHARED_ANSWER_SEC = 0.5  # several viewers get one answer
 LONGEST_POLICY_BYTES = 1000
+LONGEST_PATH_BYTES = 10_000
 NO_STORE = {"Cache-Control": "no-store"}
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -44,6 +56,9 @@ class SpecdecEndpoints:
         self.facts = read_facts(os.environ.get(FACTS_VARIABLE))
         self.engine: EngineStatus | None = None
         self.api_keys: list[str] = []
+        self.target_dir = ""
+        self.started_with: RunningHead | str = "the server is starting"  # or why it is not known
+        self._swap = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and the middleware around all of vLLM's."""
@@ -61,20 +76,23 @@ class SpecdecEndpoints:
         async def to_page(request: Request) -> Response:
             return RedirectResponse("specdec/")  # relative: right behind a proxy's prefix as well
 
-        for method, path, handler in (
-            ("GET", "/specdec", to_page),
-            ("GET", "/specdec/", show),
-            ("GET", "/specdec/status", self.get_status),
-            ("GET", "/specdec/policy", self.get_policy),
-            ("PUT", "/specdec/policy", self.put_policy),
+        for method, path, handler, param in (
+            ("GET", "/specdec", to_page, None),
+            ("GET", "/specdec/", show, None),
+            ("GET", "/specdec/status", self.get_status, None),
+            ("GET", "/specdec/policy", self.get_policy, None),
+            ("PUT", "/specdec/policy", self.put_policy, "policy"),
+            ("POST", "/specdec/head", self.post_head, "path"),
         ):
-            app.add_api_route(path, answering(handler), methods=[method], include_in_schema=False)
+            app.add_api_route(path, answering(handler, param), methods=[method], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine's client, and the API keys that vLLM itself asks for."""
         self.engine = EngineStatus(engine_client, self.facts)
         self.api_keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         self.registry.register(StatusCollector(self.engine))
+        self.target_dir = str(getattr(args, "model", ""))
+        self.started_with = _started_with(self.facts.get("head_dir"))
 
     async def status(self) -> dict[str, Any]:
         """The engine's status.
@@ -98,7 +116,7 @@ class SpecdecEndpoints:
         """``PUT /specdec/policy``; changes what everybody gets, so it needs vLLM's API key where there is one."""
         if not self._authorised(request):
             return refusal(401, "setting the policy needs this server's API key: Authorization: Bearer KEY")
-        policy = read_policy(await _start_of_body(request))
+        policy = read_policy(await _start_of_body(request, LONGEST_POLICY_BYTES))
         status = await self.status()
         if status.get("policy") is None:
             return refusal(409, f"this server has no policy to set: {status.get('reason') or 'K is static'}")
@@ -109,14 +127,52 @@ class SpecdecEndpoints:
         assert self.engine is not None  # status() has said so
         return JSONResponse({"policy": (await self.engine.set_policy(policy)).get("policy")}, headers=NO_STORE)
 
+    async def post_head(self, request: Request) -> Response:
+        """``POST /specdec/head``: the head in a directory drafts from the next step on, and is watched.
+
+        Everything that can be said against it is said before the engine hears of it: 409 with the reason.
+        """
+        if not self._authorised(request):
+            return refusal(401, "swapping the head needs this server's API key: Authorization: Bearer KEY")
+        directory = read_directory(await _start_of_body(request, LONGEST_PATH_BYTES))
+        async with self._swap:
+            status = await self.status()
+            assert self.engine is not None  # status() has said so
+            try:
+                order = await asyncio.to_thread(self._order, directory, status.get("max_speculative_tokens") or 0)
+                status = await self.engine.swap_head(order)
+            except (ValueError, SwapRefusedError) as error:
+                return refusal(409, f"the head stays as it is: {error}", param="path")
+        found = {key: status.get(key) for key in ("head", "head_dir", "swap")}
+        return JSONResponse(found, headers=NO_STORE)
+
+    def _order(self, directory: Path, num_speculative_tokens: int) -> dict[str, Any]:
+        """What the engine has to know of a head that fits.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if isinstance(self.started_with, str):
+            raise ValueError(self.started_with)
+        target = resolve_target(TargetConfig(name=self.target_dir))
+        head = self.started_with.check_successor(directory, target, num_speculative_tokens)
+        return {
+            "head": head.manifest.head,
+            "head_dir": str(directory),
+            "method": head.manifest.vllm_method,
+            "conditional_rates": head.manifest.conditional_rates,
+            "layout": head.layout,
+            "running": self.facts["head_dir"],
+        }
+
     def _authorised(self, request: Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         accepted = [hmac.compare_digest(given.encode(), key.encode()) for key in self.api_keys]
         return not self.api_keys or (scheme.lower() == "bearer" and any(accepted))
 
 
-def answering(handler: Handler) -> Handler:
-    """``handler`` with its exceptions as errors in the shape of OpenAI's API."""
+def answering(handler: Handler, param: str | None) -> Handler:
+    """``handler`` with its exceptions as errors in the shape of OpenAI's API; ``param``: what is read of its body."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -124,7 +180,7 @@ def answering(handler: Handler) -> Handler:
         except EngineUnavailableError as error:
             return refusal(503, str(error))
         except ValueError as error:
-            return refusal(400, str(error), param="policy")
+            return refusal(400, str(error), param=param)
 
     return answer
 
@@ -147,13 +203,42 @@ def read_policy(body: bytes) -> str:
     return policy
 
 
-async def _start_of_body(request: Request) -> bytes:
-    """As much as a policy can need: a longer body is no policy."""
+def read_directory(body: bytes) -> Path:
+    """The directory in a request's body, ``{"path": "/heads/new"}``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        tree = None
+    path = tree.get("path") if isinstance(tree, dict) else None
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        raise ValueError('send {"path": "/heads/new"}, the absolute path of a head directory on the server\'s machine')
+    return Path(path)
+
+
+def _started_with(directory: str | None) -> RunningHead | str:
+    if directory is None:
+        return "this server was not started with a head of `specdec train` (--head): there is none to swap"
+    try:
+        return RunningHead.read(Path(directory))
+    except ValueError as error:
+        return f"the head that this server was started with can't be read any more: {error}"
+
+
+async def _start_of_body(request: Request, max_bytes: int) -> bytes:
+    """All of a body that needs only a few bytes.
+
+    Raises:
+        ValueError: it is longer.
+    """
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LONGEST_POLICY_BYTES:
-            raise ValueError(f"a policy is a few letters, not more than {LONGEST_POLICY_BYTES} bytes")
+        if len(body) > max_bytes:
+            raise ValueError(f"a body of not more than {max_bytes} bytes is wanted here")
     return body
 
 

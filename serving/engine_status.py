@@ -13,11 +13,13 @@ logger = logging.getLogger("vllm.specdec")
 
 FACTS_VARIABLE = "SPECDEC_STATUS"  # JSON object: what the launcher knows and the engine may not (head, target, reason)
 ANSWER_TIMEOUT_SEC = 5.0
+SWAP_TIMEOUT_SEC = 300.0  # the workers read a head's file
 UTILITY = "specdec"  # the engine core's method
 # What every status has, be it null: a server whose K is vLLM's own knows few of them.
 KEYS = (
     "mode", "policy", "num_speculative_tokens", "acceptance_length", "per_position_rates", "conditional_rates",
-    "goodput_tok_per_sec", "fallback_share", "alarm", "reason", "head", "target", "uptime_sec",
+    "goodput_tok_per_sec", "fallback_share", "alarm", "reason", "head", "head_dir", "swap", "target",
+    "uptime_sec",
 )  # fmt: skip
 
 
@@ -27,6 +29,13 @@ class EngineUnavailableError(Exception):
 
 class BadPolicyError(ValueError):
     """The engine refused the policy; the text is its own."""
+
+
+class SwapRefusedError(Exception):
+    """The engine goes on with the head that it has; the text says why."""
+
+
+REFUSALS = {"policy": BadPolicyError, "swap": SwapRefusedError}
 
 
 def read_facts(text: str | None) -> dict[str, Any]:
@@ -86,6 +95,15 @@ class EngineStatus:
         """
         return await self._answer(self._start({"command": "policy", "policy": policy}))
 
+    async def swap_head(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Let another head draft (``serving.head_swap``); gives the status after it.
+
+        Raises:
+            SwapRefusedError: the engine keeps its head.
+            EngineUnavailableError: as in ``status``; the swap may still happen.
+        """
+        return await self._answer(self._start({"command": "swap", **order}), SWAP_TIMEOUT_SEC)
+
     def _start(self, command: dict[str, Any]) -> asyncio.Task[dict[str, Any]]:
         task = asyncio.get_running_loop().create_task(self._ask(command))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, also when nobody waits
@@ -110,7 +128,7 @@ class EngineStatus:
         if not isinstance(answer, dict):
             raise EngineUnavailableError(f"the engine answered {text[:100]!r} instead of a status")
         if "error" in answer:
-            raise (BadPolicyError if "policy" in command else EngineUnavailableError)(str(answer["error"]))
+            raise REFUSALS.get(command["command"], EngineUnavailableError)(str(answer["error"]))
         answer = {**dict.fromkeys(KEYS), "uptime_sec": self.clock() - self._started_sec, **answer}
         self.latest = answer | {name: fact for name, fact in self.facts.items() if answer.get(name) is None}
         self._latest_sec = self.clock()

@@ -16,7 +16,7 @@ from serving.flags import ServerFlags
 from serving.policy import AUTO, STATIC, parse_policy
 from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
-from serving.traffic import TrafficLog
+from serving.traffic import TrafficLog, claim
 from specdec.config import ServeConfig, TargetConfig
 from specdec.device import Device, vllm_environment
 from specdec.manifest import HeadManifest
@@ -49,9 +49,10 @@ class ServerPlan:
     port: int
     served_model_name: str
     target: str
-    head: str | None  # None: plain decode
+    head: str | None  # its architecture; None: plain decode
     num_speculative_tokens: int  # K; 0: plain decode
     dtype: str
+    head_dir: str | None = None  # None: plain decode, or a head of the user's own --speculative-config
     warnings: tuple[str, ...] = ()  # what the user should know before it starts
 
 
@@ -121,6 +122,7 @@ def plan_server(
         served_model_name=name,
         target=target.name,
         head=_head_name(speculative, head_dir, manifest),
+        head_dir=_served_dir(speculative, head_dir),
         num_speculative_tokens=num_draft_tokens,
         dtype=dtype if dtype != "auto" else str(target.config.get("dtype") or target.config.get("torch_dtype", dtype)),
         warnings=tuple(filter(None, warnings)),
@@ -163,9 +165,14 @@ def _speculative_config(
 def _head_name(speculative: dict[str, Any] | None, head_dir: Path | None, manifest: HeadManifest | None) -> str | None:
     if speculative is None:
         return None
-    if manifest is not None and head_dir is not None and speculative.get("model") == str(Path(head_dir).resolve()):
+    if manifest is not None and _served_dir(speculative, head_dir) is not None:
         return manifest.head
     return str(speculative.get("method") or speculative.get("model"))
+
+
+def _served_dir(speculative: dict[str, Any] | None, head_dir: Path | None) -> str | None:
+    resolved = None if head_dir is None else str(Path(head_dir).resolve())
+    return resolved if speculative is not None and speculative.get("model") == resolved else None
 
 
 def _dtype(target_config: TargetConfig, device: Device) -> str:
@@ -262,16 +269,17 @@ def _add_policy(
         "conditional_rates": manifest.conditional_rates if manifest else [],
         "think_start": _token_ids(target, "<think>"),
         "think_end": _token_ids(target, "</think>"),
-        "traffic": _traffic(serve),
+        "traffic": _traffic(serve, target),
     }
     return {POLICY_VARIABLE: json.dumps(start)}
 
 
-def _traffic(serve: ServeConfig) -> dict[str, Any] | None:
+def _traffic(serve: ServeConfig, target: Target) -> dict[str, Any] | None:
     if not serve.keep_traffic:
         return None
     directory, max_bytes = Path(serve.keep_traffic).resolve(), int(serve.keep_gib * 2**30)
     TrafficLog(directory, serve.keep_share, max_bytes).close()  # what is wrong with them is said now
+    claim(directory, target.fingerprint())
     return {"directory": str(directory), "share": serve.keep_share, "max_bytes": max_bytes}
 
 

@@ -96,10 +96,16 @@ class Monitor:
         self.num_output_tokens = self.num_sequence_steps = 0
         self.decode_sec = self.fallback_sec = 0.0
         self.batch = 0
+        self.max_draft_tokens = max_draft_tokens
         self.drift = DriftDetector(trained_rates[:max_draft_tokens])
         self.history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._recent_tokens = self._recent_sec = self._recent_sequences = 0.0
+
+    def new_head(self, trained_rates: Sequence[float]) -> None:
+        """Another head drafts from now on: recent acceptance and drift begin anew, totals go on."""
+        self.recent = DraftRates(self.max_draft_tokens, RECENT_DRAFTS)
+        self.drift = DriftDetector(trained_rates[: self.max_draft_tokens])
 
     def observe_drafts(self, draft: Draft, count: int, at_sec: float) -> None:
         """``count`` sequences' verifications of one kind."""
@@ -136,7 +142,7 @@ class Monitor:
             self.history.append({key: value and round(value, 3) for key, value in point.items()})
 
     def event(self, at_sec: float, kind: str, what: str) -> None:
-        """Something that people will want to know: kind is policy, alarm or failure."""
+        """Something that people will want to know: kind is policy, head, alarm or failure."""
         self.events.append({"at_sec": round(at_sec, 1), "kind": kind, "what": what})
 
     @property

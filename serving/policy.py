@@ -171,15 +171,20 @@ class Policy:
         """``prior_rates``: conditional acceptance by position as training measured it; 0.5 where unknown."""
         self.settings = settings or PolicySettings()
         self.max_draft_tokens = max_draft_tokens
-        prior = [*prior_rates, *[0.5] * max_draft_tokens][:max_draft_tokens]
-        self.acceptance = AcceptanceModel(prior, self.settings.acceptance_window, self.settings.prior_weight)
         self.times = StepTimes(self.settings.time_window)
         self.mode, self.fixed = AUTO, max_draft_tokens
-        self.chosen = max_draft_tokens
+        self._trial: tuple[int, int] | None = None  # K on trial, steps left
+        self.new_head(prior_rates)
+
+    def new_head(self, prior_rates: Sequence[float]) -> None:
+        """Forget what was measured of another head's acceptance; step times stay, for heads of one shape share them."""
+        prior = [*prior_rates, *[0.5] * self.max_draft_tokens][: self.max_draft_tokens]
+        self.acceptance = AcceptanceModel(prior, self.settings.acceptance_window, self.settings.prior_weight)
+        self.chosen = self.max_draft_tokens
         self.reason = "start: not measured yet"
         self._steps_since_change = 0
         self._steps_since_trial = self._drafts_since_trial = 0
-        self._trial: tuple[int, int] | None = None  # K on trial, steps left
+        self._trial = None
         self._is_probe = False
         self._probe_steps = self.settings.first_probe_steps
         self._num_steps = 0

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,20 @@ class Guard:
         return True
 
 
-def command(scheduler: Any, request: str) -> str:
-    """Answers ``{"command": "status"}`` and ``{"command": "policy", "policy": TEXT}``, JSON to JSON; never raises."""
+def forget_cached_prefixes(scheduler: Any) -> None:
+    """Empty the prefix cache, also under running requests: they keep their blocks, nobody else finds them."""
+    try:
+        manager = scheduler.kv_cache_manager
+        manager.evict_blocks(set(range(len(manager.block_pool.blocks))))
+    except Exception as error:  # it costs acceptance, no more
+        logger.error("specdec: the prefix cache was not emptied (%s: %s)", type(error).__name__, error)
+
+
+def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None) -> str:
+    """Answers ``{"command": "status"}`` and ``{"command": "policy", "policy": TEXT}``, JSON to JSON; never raises.
+
+    ``facts``: what else the status says.
+    """
     control: Control | None = getattr(scheduler, "specdec_reports", None)
     failure = getattr(scheduler, "specdec_failure", None)
     try:
@@ -171,8 +184,8 @@ def command(scheduler: Any, request: str) -> str:
         if control is None:
             width = getattr(scheduler, "num_spec_tokens", 0)
             mode = "safe" if failure else "fixed" if width else "plain"
-            return json.dumps({"mode": mode, "num_speculative_tokens": width, "reason": failure})
-        return json.dumps(control.status(failure))
+            return json.dumps({"mode": mode, "num_speculative_tokens": width, "reason": failure, **(facts or {})})
+        return json.dumps({**control.status(failure), **(facts or {})})
     except Exception as error:  # the engine must not fall over a question
         return json.dumps({"error": str(error)})
 

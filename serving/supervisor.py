@@ -224,6 +224,7 @@ class Supervisor:
         """What a server's status page is told at its start. ``started_at`` is Unix time, of the whole service."""
         return {
             "head": self.plan.head,
+            "head_dir": self.plan.head_dir,
             "target": self.plan.target,
             "mode": "plain" if self.reason else None,
             "reason": self.reason,

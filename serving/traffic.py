@@ -8,6 +8,7 @@ slower than the server, or full, rows are dropped and counted, and serving goes 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -17,10 +18,30 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from specdec.manifest import TargetFingerprint
+from specdec.record import write_json_atomic
+
 logger = logging.getLogger("vllm.specdec")
 
+TARGET_NAME = "target.json"  # whose requests these are
 NUM_FILES = 16  # the bound is kept by dropping one of them
 MAX_WAITING = 256  # rows
+
+
+def claim(directory: Path, fingerprint: TargetFingerprint) -> None:
+    """Note whose requests the folder holds: what one target wrote is no lesson for another's head.
+
+    Raises:
+        ValueError: another target's, or it can't be written.
+    """
+    path, ours = directory / TARGET_NAME, dataclasses.asdict(fingerprint)
+    try:
+        if not path.is_file():
+            write_json_atomic(path, ours)
+        elif json.loads(path.read_text()) != ours:
+            raise ValueError(f"keep_traffic: {directory} holds requests of another target; name another folder")
+    except OSError as error:
+        raise ValueError(f"keep_traffic: cannot write to {directory}: {error.strerror}") from error
 
 
 class TrafficLog:
@@ -38,6 +59,7 @@ class TrafficLog:
             raise ValueError(f"keep_traffic: cannot write to {directory}: {error.strerror}") from error
         self.directory, self.share, self.file_bytes = directory, share, max(1, max_bytes // NUM_FILES)
         self.num_kept = self.num_dropped = 0
+        self._end_torn_line()
         self._random = random.Random(seed)
         self._rows: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write, name="specdec-traffic", daemon=True)
@@ -71,6 +93,14 @@ class TrafficLog:
                 if not self.num_dropped:
                     logger.error("specdec: a served request was not kept: %s", error)
                 self.num_dropped += 1
+
+    def _end_torn_line(self) -> None:
+        """What a killed server left half written must not swallow the next row."""
+        for path in self.files()[-1:]:
+            with contextlib.suppress(OSError), path.open("rb+") as lines:
+                lines.seek(-1, os.SEEK_END)  # an empty file has no last byte: an OSError
+                if lines.read() != b"\n":
+                    lines.write(b"\n")
 
     def _append(self, row: str) -> None:
         files = self.files()

@@ -1,6 +1,6 @@
 """A vLLM general plugin: what the engine and its workers need beyond vLLM's own options. It runs in each process.
 
-**Questions.** The engine answers ``specdec`` (status, policy), which the HTTP endpoints pass on.
+**Questions.** The engine answers ``specdec`` (status, policy, another head), which the HTTP endpoints pass on.
 
 **Plain decode without the head's forward** (``serving/catch_up.py``).
 
@@ -64,10 +64,10 @@ def register() -> None:
 
 
 def answer(engine: Any, request: str) -> str:
-    """``EngineCore.specdec``: see ``serving.scheduler.command``."""
-    from serving.scheduler import command
+    """``EngineCore.specdec``: see ``serving.head_swap.answer``."""
+    from serving import head_swap
 
-    return command(engine.scheduler, request)
+    return head_swap.answer(engine, request)
 
 
 def _patch_runner() -> None:

@@ -96,8 +96,14 @@ def train(
     traces: Annotated[
         str | None, typer.Option(help="Traces (file, folder or hf:ORG/NAME), or a `specdec prepare` directory.")
     ] = None,
+    from_served: Annotated[
+        Path | None, typer.Option(help="Requests that a server has answered: its folder serve.keep_traffic.")
+    ] = None,
     head: Annotated[
         str | None, typer.Option("--head", help="Draft architecture: eagle3, peagle, eagle or medusa.")
+    ] = None,
+    init_head: Annotated[
+        Path | None, typer.Option(help="A trained head that goes on learning, with its architecture and settings.")
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -109,6 +115,8 @@ def train(
     run = _load(config, overrides, target)
     if head is not None:
         run.head.name = head
+    run.traces.served = str(from_served) if from_served is not None else run.traces.served
+    run.train.init_head = str(init_head) if init_head is not None else run.train.init_head
     try:
         manifest = run_train(run, traces, out)
     except Interrupted:
@@ -221,6 +229,20 @@ def doctor(
     if not findings and not as_json:
         typer.echo(f"{head}: nothing found")
     raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
+def swap(
+    head: Annotated[
+        Path, typer.Argument(help="Head directory, of the same architecture and shape as the running one.")
+    ],
+    url: Annotated[str, typer.Option(help="A server of `specdec serve` on this machine.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
+) -> None:
+    """Let another head draft in a running server; the old one comes back when acceptance falls."""
+    from serving.swap import request_swap
+
+    _echo_json(request_swap(url, head, api_key))
 
 
 @app.command()

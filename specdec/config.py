@@ -28,10 +28,11 @@ class TargetConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TracesConfig:
-    """Where rows come from. Exactly one of ``files`` and ``prompts`` is read; neither: the embedded mix."""
+    """Where rows come from. Exactly one of the first three is read; none: the embedded mix."""
 
     files: list[str] = field(default_factory=list)  # existing reasoning traces: files, folders, hf:ORG/NAME
     prompts: str | None = None  # prompts that the target answers itself: file, folder, hf:ORG/NAME
+    served: str | None = None  # the folder that a server of the target has filled (serve.keep_traffic)
     regenerate: bool = False  # take the prompts of the traces alone and let the target answer them
     endpoints: list[str] = field(default_factory=list)  # running vLLM servers of the target that share the prompts
     generations_per_prompt: int = 1  # of rows that hold several, those marked correct
@@ -61,6 +62,7 @@ class HeadConfig:
 class TrainConfig:
     """The training loop."""
 
+    init_head: str | None = None  # a head of the same architecture and target to start from
     epochs: int = 6
     batch_tokens: int = 1024
     learning_rate: float = 1e-3

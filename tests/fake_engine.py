@@ -33,6 +33,8 @@ def make_status(**changes: Any) -> dict[str, Any]:
         "alarm": None,
         "reason": "K=3 gives 61.4 tokens/s a sequence, K=4 58.9",
         "head": "eagle3",
+        "head_dir": "/heads/r1",
+        "swap": None,
         "target": "smollm2-135m",
         "uptime_sec": 4210.0,
         "batch": 4,
@@ -130,6 +132,8 @@ class FakeEngineClient:
             raise self.trouble
         if self.trouble == "silent":
             await asyncio.Event().wait()
+        if command["command"] == "swap":
+            self.answer["head_dir"] = command["head_dir"]
         if command["command"] == "policy":
             if self.answer["policy"] is None:
                 return json.dumps({"error": "there is no policy"})
@@ -138,7 +142,7 @@ class FakeEngineClient:
         return json.dumps(self.answer)
 
 
-def make_app(client: Any, api_key: list[str] | None = None) -> tuple[FastAPI, SpecdecEndpoints]:
+def make_app(client: Any, api_key: list[str] | None = None, model: str = "") -> tuple[FastAPI, SpecdecEndpoints]:
     """An application as vLLM makes it: a core route, its metrics, then the plugin in two phases."""
     app = FastAPI()
     registry = CollectorRegistry(auto_describe=True)
@@ -150,5 +154,5 @@ def make_app(client: Any, api_key: list[str] | None = None) -> tuple[FastAPI, Sp
 
     plugin = SpecdecEndpoints(registry)
     plugin.attach_router(app)
-    asyncio.run(plugin.init_state(client, app.state, Namespace(api_key=api_key)))
+    asyncio.run(plugin.init_state(client, app.state, Namespace(api_key=api_key, model=model)))
     return app, plugin

@@ -171,6 +171,7 @@ function draw() {
   document.title = `${MODES[status.mode] || "specdec"} · ${status.target || "specdec"}`;
   show("target", status.target || DASH);
   show("head", status.head || "none");
+  at("head").title = status.head_dir || "";
   show("uptime", duration(status.uptime_sec));
   show("batch", number(status.batch));
   drawTiles(status);

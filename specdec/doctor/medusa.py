@@ -43,6 +43,7 @@ def check_medusa(head: HeadFiles, target: dict[str, Any]) -> Iterator[Finding]:
     if truncated not in (None, head.config.get("vocab_size")) and not head.config.get("original_lm_head"):
         what = f"truncated_vocab_size is {truncated}, which works with original_lm_head alone"
         yield Finding(code="medusa-truncated", what=what, fix='write "original_lm_head": true and export a token_map')
+    yield from _token_map(head)
     hidden = head.config.get("hidden_size")
     if hidden is not None and int(hidden) != int(target["hidden_size"]):
         what = f"the heads take hidden states of {hidden}, the target has {target['hidden_size']}"
@@ -51,3 +52,16 @@ def check_medusa(head: HeadFiles, target: dict[str, Any]) -> Iterator[Finding]:
     if size is not None and int(size) != int(target["vocab_size"]):
         what = f"vocab_size is {size}, the target's (padded) one {target['vocab_size']}"
         yield Finding(code="vocab-size", what=what, fix="write the target's vocab_size")
+
+
+def _token_map(head: HeadFiles) -> Iterator[Finding]:
+    """vLLM scatters logits to the ids of the map as they are: one outside the vocabulary ends the engine."""
+    name = next((name for name in ("token_map", "medusa_heads.token_map") if name in head.tensors), None)
+    size, vocab_size = head.config.get("truncated_vocab_size"), head.config.get("vocab_size")
+    if name is None or vocab_size is None or size in (None, vocab_size):  # vLLM leaves it out
+        return
+    ids = head.integers(name) or []
+    if len(ids) == len(set(ids)) == int(size) and 0 <= min(ids) <= max(ids) < int(vocab_size):
+        return
+    what = f"token_map does not hold {size} different ids of the target's vocabulary"
+    yield Finding(code="token-map", what=what, fix="export the target id of each draft token, int64")

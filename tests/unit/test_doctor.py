@@ -177,6 +177,17 @@ def test_each_silent_mismatch_of_a_medusa_head_is_found(tmp_path, fault, code):
     assert code in codes(write(tmp_path / "head", config, shapes, integers))
 
 
+@pytest.mark.parametrize("ids", [[0, 5, V], [-1, 5, 7], [5, 5, 7], [5, 7]])
+def test_a_token_map_that_would_end_the_engine_is_found(tmp_path, ids):
+    config, shapes, _ = medusa()
+    del shapes["lm_heads.0.weight"], shapes["lm_heads.1.weight"]
+    config |= {"truncated_vocab_size": 3, "original_lm_head": True}
+    shapes |= {"lm_head.weight": (3, H), "token_map": (3,)}
+    assert codes(write(tmp_path / "head", config, shapes, {"token_map": [0, 5, V - 1]})) == set()
+    shapes["token_map"] = (len(ids),)
+    assert codes(write(tmp_path / "head", config, shapes, {"token_map": ids})) == {"token-map"}
+
+
 def test_truncated_and_foreign_files_are_refused(tmp_path):
     head = write(tmp_path / "head", *eagle3())
     weights = head / "model.safetensors"

@@ -147,7 +147,7 @@ def test_a_good_head_speculates_and_the_status_page_is_told(serve, head: Path):
     assert status.pop("started_at") == pytest.approx(time.time(), abs=60)
     assert status == {
         "head": "eagle", "target": facts["target"], "mode": None, "reason": None, "max_speculative_tokens": 3,
-        "num_restarts": 0,
+        "num_restarts": 0, "head_dir": str(head),
     }  # fmt: skip
     assert service.end()[:2] == (0, "")
 
