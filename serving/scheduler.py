@@ -169,10 +169,7 @@ def forget_cached_prefixes(scheduler: Any) -> None:
 
 
 def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None) -> str:
-    """Answers ``{"command": "status"}`` and ``{"command": "policy", "policy": TEXT}``, JSON to JSON; never raises.
-
-    ``facts``: what else the status says.
-    """
+    """Answers ``{"command": "status"}``, with ``facts``, and ``{"command": "policy", "policy": TEXT}``; never raises."""
     control: Control | None = getattr(scheduler, "specdec_reports", None)
     failure = getattr(scheduler, "specdec_failure", None)
     try:
@@ -181,11 +178,10 @@ def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None
             if control is None or failure:
                 raise ValueError(failure or "this server runs without a policy: start it with --policy auto")
             control.set_policy(asked["policy"])
-        if control is None:
-            width = getattr(scheduler, "num_spec_tokens", 0)
-            mode = "safe" if failure else "fixed" if width else "plain"
-            return json.dumps({"mode": mode, "num_speculative_tokens": width, "reason": failure, **(facts or {})})
-        return json.dumps({**control.status(failure), **(facts or {})})
+        width = getattr(scheduler, "num_spec_tokens", 0)
+        mode = "safe" if failure else "fixed" if width else "plain"
+        alone = {"mode": mode, "num_speculative_tokens": width, "reason": failure}
+        return json.dumps({**(control.status(failure) if control is not None else alone), **(facts or {})})
     except Exception as error:  # the engine must not fall over a question
         return json.dumps({"error": str(error)})
 
