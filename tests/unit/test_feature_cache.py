@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -77,7 +78,7 @@ def small_shards(monkeypatch):
 
 
 def make_cache(root: Path, max_bytes: int = LARGE, rows: list[TokenRow] = ROWS, **facts) -> FeatureCache:
-    target = TargetFingerprint(**{**{name: getattr(FINGERPRINT, name) for name in FINGERPRINT.__slots__}, **facts})
+    target = dataclasses.replace(FINGERPRINT, **facts)
     return FeatureCache(root, max_bytes, target, torch.bfloat16, rows)
 
 
@@ -212,7 +213,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_what_is_whole(tmp_path, monkeypat
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="set train.feature_cache_dir to a folder"):
+    with pytest.raises(ValueError, match=r"set train\.feature_cache_dir to a folder"):
         filled(tmp_path / "file", [2])
 
 
@@ -238,10 +239,7 @@ def target(tmp_path_factory) -> TargetModel:
 
 def test_batches_are_the_same_from_disk_from_memory_and_computed_when_drawn(target, tmp_path):
     rows = ROWS[:6]
-    fingerprint = TargetFingerprint(
-        architecture="A", hidden_size=64, num_hidden_layers=5, vocab_size=262, weights_sha256="w",
-        chat_template_sha256="c",
-    )  # fmt: skip
+    fingerprint = dataclasses.replace(FINGERPRINT, hidden_size=64)
     disk = FeatureCache(tmp_path, LARGE, fingerprint, torch.float32, rows)
     some = FeatureCache(tmp_path / "some", 150_000, fingerprint, torch.float32, rows)
     stores = [
@@ -258,5 +256,4 @@ def test_batches_are_the_same_from_disk_from_memory_and_computed_when_drawn(targ
     wanted, *others = [(store.batch([0, 3, 5]), store.window_batch(windows)) for store in stores]
     for found in others:
         for kind in (0, 1):
-            for name in wanted[kind].__slots__ or ():
-                torch.testing.assert_close(getattr(found[kind], name), getattr(wanted[kind], name), msg=name)
+            torch.testing.assert_close(dataclasses.asdict(found[kind]), dataclasses.asdict(wanted[kind]))

@@ -53,24 +53,24 @@ def store(head, target) -> FeatureStore:
     return FeatureStore(target, rows, head.aux_layer_ids, 2**30)
 
 
-def with_garbage(batch: FeatureBatch, where_BT: Tensor) -> FeatureBatch:
+def with_garbage(batch: FeatureBatch, where: Tensor) -> FeatureBatch:
     """The batch with other ids, features and labels where ``where`` holds; the loss mask says what is learnt."""
     shaken = {}
     for name in ("input_ids_BT", "argmax_BT"):
-        shaken[name] = torch.where(where_BT, (getattr(batch, name) + 77) % 200, getattr(batch, name))
+        shaken[name] = torch.where(where, (getattr(batch, name) + 77) % 200, getattr(batch, name))
     for name in ("aux_hidden_BTAH", "final_hidden_BTH", "logsumexp_BT"):
         tensor = getattr(batch, name)
-        shape = where_BT.view(*where_BT.shape, *[1] * (tensor.ndim - 2))
+        shape = where.view(*where.shape, *[1] * (tensor.ndim - 2))
         shaken[name] = torch.where(shape, 30 * torch.randn_like(tensor), tensor)
     return dataclasses.replace(batch, **shaken)
 
 
 def test_padding_changes_no_draft_no_loss_and_no_gradient(head, store):
     batch = store.batch([0, 1, 2])
-    pads_BT = torch.arange(max(LENGTHS)) >= batch.lengths_B[:, None]
-    assert pads_BT.any()
+    pads = torch.arange(max(LENGTHS)) >= batch.lengths_B[:, None]
+    assert pads.any()
     found = []
-    for each in (batch, with_garbage(batch, pads_BT)):
+    for each in (batch, with_garbage(batch, pads)):
         head.zero_grad()
         output = head.compute_loss(each, 0.8)
         output.loss.backward()
@@ -81,10 +81,10 @@ def test_padding_changes_no_draft_no_loss_and_no_gradient(head, store):
 
 def test_another_row_changes_nothing_of_this_one(head, store):
     batch = store.batch([0, 1, 2])
-    others_BT = (torch.arange(3) != 1)[:, None].expand(-1, max(LENGTHS))
+    others = (torch.arange(3) != 1)[:, None].expand(-1, max(LENGTHS))
     anchors = batch.anchor_mask_BQ[1]
     plain, shaken = (
-        [states[1][anchors] for states, _ in head.outputs(each)] for each in (batch, with_garbage(batch, others_BT))
+        [states[1][anchors] for states, _ in head.outputs(each)] for each in (batch, with_garbage(batch, others))
     )
     torch.testing.assert_close(plain, shaken)
     alone = [states[0] for states, _ in head.outputs(store.batch([1]))]
