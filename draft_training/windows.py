@@ -111,6 +111,8 @@ def draw(planned: list[Tiles], seed: int, epoch: int) -> list[Window]:
 
 
 def _place(windows: Tiles, seed: int, epoch: int) -> int:
+    if len(windows) == 1:
+        return 0
     round_number, place = divmod(epoch, len(windows))
     order = random.Random(f"{seed}/{windows[0].row}/{round_number}").sample(range(len(windows)), len(windows))
     return order[place]

@@ -153,7 +153,7 @@ def test_a_killed_fill_keeps_its_finished_shards_and_makes_the_torn_one_again(tm
     with pytest.raises(KeyboardInterrupt):
         cache.fill(computed, [2], "features")
     finished = [row for shard in cache.shards for row in shard if cache.read(row, 0, 5, [2])]
-    assert 0 < len(finished) < 4
+    assert 0 < len(finished) <= 4
     torn = feature_cache._partial(cache._path(len(cache.shards) - 1, "final"))
     torn.write_bytes(b"half")
     again, computed = filled(tmp_path, [2])
