@@ -131,7 +131,7 @@ def test_long_rows_come_in_windows_and_the_next_head_finds_the_features_on_disk(
     assert coverage["num_windowed_rows"] == coverage["num_rows"] == 9
     assert 0 < coverage["share"] == coverage["num_covered"] / coverage["num_positions"] < 1
     along = manifest.acceptance["by_output_position"]
-    assert [(each["start"], each["end"]) for each in along][0] == (0, 32)
+    assert (along[0]["start"], along[0]["end"]) == (0, 32)
     assert sum(each["num_drafts"] for each in along) == manifest.acceptance["num_drafts"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
     assert len(before) == 2 * 4  # two splits, three layers and the last hidden state
