@@ -102,11 +102,11 @@ class FeatureCache:
     def read(self, row: int, begin: int, end: int, aux_layer_ids: list[int]) -> RowFeatures | None:
         """Features of tokens ``begin`` .. ``end`` of a row, on the CPU; None when ``fill`` has not put them here."""
         number, offset = self._places[row]
-        files = [self._files.get((number, part)) for part in _parts(aux_layer_ids)]
-        if None in files:
+        keys = [(number, part) for part in _parts(aux_layer_ids)]
+        if not all(key in self._files for key in keys):
             return None
         span = slice(offset + begin, offset + end)
-        final, *layers = files
+        final, *layers = [self._files[key] for key in keys]
         final_hidden = final.get_slice("final_hidden")[span]
         aux = [layer.get_slice("hidden")[span] for layer in layers]
         return RowFeatures(

@@ -50,7 +50,8 @@ def plan_batches(planned: list[Tiles], config: TrainConfig) -> list[list[Window]
         rng.shuffle(order)
         # Sorting whole pools by length keeps padding low without ordering the epoch by length.
         num_tokens = sum(window.num_tokens for window in order)
-        size = math.ceil(POOL_BATCHES * config.batch_tokens * len(order) / num_tokens)
+        num_pools = max(1, num_tokens // (POOL_BATCHES * config.batch_tokens))
+        size = math.ceil(len(order) / num_pools)
         slices = [order[i : i + size] for i in range(0, len(order), size)]
         pools = [sorted(members, key=lambda window: window.num_tokens) for members in slices]
         groups = [g for members in pools for g in length_groups(members, lambda w: w.num_tokens, config.batch_tokens)]

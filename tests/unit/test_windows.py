@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -22,7 +23,7 @@ from specdec.traces import TokenRow
 from tests.tiny import save_tiny_target
 
 K = 3
-LONG = 4096
+LONG = 2048
 
 
 def make_row(seed: int, length: int, prompt: int = 6) -> TokenRow:
@@ -105,7 +106,8 @@ def test_windows_of_nothing_are_refused(name, value):
 
 
 def test_each_epoch_draws_each_row_once_and_pads_little():
-    lengths = torch.distributions.LogNormal(7.2, 0.8).sample((1500,)).clamp(60, 16000).int().tolist()  # as R1 thinks
+    rng = random.Random(0)
+    lengths = [min(16000, max(60, int(rng.lognormvariate(7.2, 0.8)))) for _ in range(1500)]  # as R1 thinks
     rows = [make_row(i, 40) for i in range(len(lengths))]
     for batch_tokens in (1024, 8192, 32768):
         config = TrainConfig(epochs=2, batch_tokens=batch_tokens)
@@ -200,7 +202,7 @@ def test_a_long_row_is_trained_on_and_measured_in_bounded_memory(head, target, m
         head.compute_loss(store.window_batch([window]), 0.8).loss.backward()
         total = held_out_acceptance(head, store, False, 1024).total
     assert total.num_drafts > LONG / (K + 1) - 2  # the whole row was walked
-    assert LONG * 64 <= largest.numel < LONG * LONG / 8
+    assert LONG * 64 <= largest.numel < LONG * LONG / 4  # dense scores would take twice its square
 
 
 def test_measured_in_windows_or_whole_the_acceptance_is_the_same(head, target, monkeypatch):
