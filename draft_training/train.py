@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.row_store import load_rows
+from draft_training.windows import Coverage
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
 from specdec.manifest import HeadManifest
@@ -138,13 +139,7 @@ def _train_rows(
         work_dir=out_dir / "work",
         identity=identity,
     )
-    reached = trainer.coverage
-    if reached.num_windowed_rows:
-        logger.info(
-            "%d of %d rows are longer than train.window_tokens=%d: of each one window an epoch is drawn, and in all "
-            "epochs together %.1f %% of the rows' loss positions",
-            reached.num_windowed_rows, reached.num_rows, config.train.window_tokens, 100 * reached.share,
-        )  # fmt: skip
+    _log_coverage(trainer.coverage, config.train.window_tokens)
     trainer.run()
     export_dtype = torch.bfloat16
     with torch.no_grad():  # what is measured and reported is the exported head, rounding included
@@ -174,7 +169,7 @@ def _train_rows(
             config=dataclasses.asdict(config),
             best_step=state.best_step,
             history=state.history,
-            coverage={**dataclasses.asdict(reached), "share": reached.share},
+            coverage={**dataclasses.asdict(trainer.coverage), "share": trainer.coverage.share},
             train_tok_per_sec=state.num_tokens / state.train_sec if state.train_sec else None,
             train_sec=state.train_sec,
             feature_tok_per_sec=tokens / feature_sec,
@@ -207,6 +202,15 @@ def _filled_stores(
         stores[name] = FeatureStore(target_model, rows, aux_layer_ids, bound - in_memory, cache)
         stores[name].fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
     return stores
+
+
+def _log_coverage(reached: Coverage, window_tokens: int) -> None:
+    if reached.num_windowed_rows:
+        logger.info(
+            "%d of %d rows are longer than train.window_tokens=%d: of each one window an epoch is drawn, and in all "
+            "epochs together %.1f %% of the rows' loss positions",
+            reached.num_windowed_rows, reached.num_rows, window_tokens, 100 * reached.share,
+        )  # fmt: skip
 
 
 def _precision(config: RunConfig, device: Device) -> str:
