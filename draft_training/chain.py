@@ -57,13 +57,13 @@ class ChainModule(DraftModule):
         """See ``DraftHead.outputs``. Only keys and values are computed where there is no anchor."""
         layer: Any = self.layers[0]
         anchors_BQ, ids_BT = inputs.anchors_BQ, inputs.input_ids_BT
-        T = inputs.final_hidden_BTH.shape[1]
         last = ids_BT.shape[1] - 1
-        positions_BT = torch.arange(T, device=anchors_BQ.device)[None].expand(len(anchors_BQ), -1)
-        next_ids = ids_BT[:, (positions_BT[0] + 1).clamp(max=last)]
+        indices_T = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)
+        next_ids = ids_BT[:, (indices_T + 1).clamp(max=last)]
         everywhere, residual = self.layer_inputs(F.embedding(next_ids, self.embed_VH), self.features(inputs))
-        prefix = layer.self_attn.key_value(everywhere, positions_BT)
-        bias = causal_bias(anchors_BQ, positions_BT, residual.dtype)
+        prefix = layer.self_attn.key_value(everywhere, inputs.begins_B[:, None] + indices_T)
+        bias = causal_bias(anchors_BQ, indices_T, residual.dtype)
+        positions_BQ = inputs.begins_B[:, None] + anchors_BQ
         attending, residual = gather_anchors(everywhere, anchors_BQ), gather_anchors(residual, anchors_BQ)
         own: list[tuple[Tensor, Tensor]] = []
         hidden = drafted = torch.empty(0)  # set by the first pass
@@ -71,8 +71,8 @@ class ChainModule(DraftModule):
             if j:
                 tokens_BQ = drafted if own_drafts else ids_BT.gather(1, (anchors_BQ + 1 + j).clamp(max=last))
                 attending, residual = self.layer_inputs(F.embedding(tokens_BQ, self.embed_VH), hidden)
-                own.append(layer.self_attn.key_value(attending, anchors_BQ + j))
-            attended = layer.self_attn(layer.self_attn.query(attending, anchors_BQ + j), prefix, own, bias)
+                own.append(layer.self_attn.key_value(attending, positions_BQ + j))
+            attended = layer.self_attn(layer.self_attn.query(attending, positions_BQ + j), prefix, own, bias)
             states, hidden = self.finish(layer.outputs(attended, residual))
             yield states, self.output_weight
             if own_drafts:

@@ -88,6 +88,7 @@ class DraftModule(nn.Module):
         inputs = DraftInputs(
             input_ids_BT=input_ids[None],
             anchors_BQ=torch.tensor([[len(final_hidden_TH) - 1]], device=final_hidden_TH.device),
+            begins_B=torch.zeros(1, dtype=torch.long, device=final_hidden_TH.device),
             aux_hidden_BTAH=aux_hidden_TAH[None],
             final_hidden_BTH=final_hidden_TH[None],
         )

@@ -1,42 +1,29 @@
 """The frozen target's forward in plain transformers, once per row: what draft heads learn from.
 
-Features of all rows are computed at the first use and kept while they fit ``train.feature_cache_gib``; rows beyond
-the bound are computed again whenever they are drawn. Nothing else about training changes with the bound.
+Features of all rows are computed before training and kept, in memory or in ``train.feature_cache_dir``, while they fit
+``train.feature_cache_gib``; rows beyond the bound are computed again whenever they are drawn. Nothing else about
+training changes with the bound.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from draft_training.feature_cache import FeatureCache, RowFeatures
 from draft_training.heads import FeatureBatch
+from draft_training.windows import Window, anchor_positions, whole_row
 from specdec.device import Device
 from specdec.progress import progress_bar
 from specdec.targets import Target
 from specdec.traces import TokenRow
 
-logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 LOGITS_CHUNK_TOKENS = 512  # bounds the [tokens, vocabulary] buffer
-
-
-@dataclass(kw_only=True, slots=True)
-class RowFeatures:
-    """Of a row of T tokens: aux [T, A, H], final [T, H] in the target's dtype, float32 logsumexp [T], argmax [T]."""
-
-    aux_hidden: Tensor
-    final_hidden: Tensor
-    logsumexp: Tensor
-    argmax: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = (self.aux_hidden, self.final_hidden, self.logsumexp, self.argmax)
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class TargetModel:
@@ -108,73 +95,124 @@ class TargetModel:
 
 
 class FeatureStore:
-    """Features by row index, kept up to a byte bound."""
+    """Features by row index: of ``cache`` when there is one, else kept in memory up to a byte bound."""
 
-    def __init__(self, target: TargetModel, rows: list[TokenRow], aux_layer_ids: list[int], max_bytes: int) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        rows: list[TokenRow],
+        aux_layer_ids: list[int],
+        max_bytes: int,
+        cache: FeatureCache | None = None,
+    ) -> None:
         self.target, self.rows, self.aux_layer_ids = target, rows, aux_layer_ids
         self.max_bytes, self.num_bytes = max_bytes, 0
+        self.cache = cache
         self._kept: dict[int, RowFeatures] = {}
 
     def fill(self, batch_tokens: int, description: str) -> None:
-        """Compute what fits the bound, longest rows together, with a progress bar."""
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].input_ids))
+        """Compute what fits the bound, longest rows first, with a progress bar.
+
+        Raises:
+            ValueError: the cache's folder can't be written, or its disk is full.
+        """
+
+        def compute(rows: list[int], aux_layer_ids: list[int]) -> Iterator[tuple[int, RowFeatures]]:
+            for group in length_groups(rows, self._length, batch_tokens):
+                ids = [self.rows[i].input_ids for i in group]
+                yield from zip(group, self.target.forward_rows(ids, aux_layer_ids), strict=True)
+
+        if self.cache is not None:
+            self.cache.fill(compute, self.aux_layer_ids, description)
+            return
+        order = sorted(range(len(self.rows)), key=self._length, reverse=True)
         with progress_bar(description, len(order)) as advance:
-            for group in length_groups(order, self.rows, batch_tokens):
+            for group in length_groups(order, self._length, batch_tokens):
                 if self.num_bytes >= self.max_bytes:
                     advance(len(group), "feature cache full: the rest is computed when drawn")
                     continue
-                self._compute(group)
+                self._compute({i: self._length(i) for i in group})
                 advance(len(group), f"{self.num_bytes / 2**20:.0f} MiB")
 
-    def _compute(self, indices: list[int]) -> dict[int, RowFeatures]:
-        features = self.target.forward_rows([self.rows[i].input_ids for i in indices], self.aux_layer_ids)
-        computed = dict(zip(indices, features, strict=True))
-        for index, row_features in computed.items():
-            if self.num_bytes + row_features.num_bytes <= self.max_bytes:
-                self._kept[index] = row_features
-                self.num_bytes += row_features.num_bytes
+    def _length(self, index: int) -> int:
+        return len(self.rows[index].input_ids)
+
+    def _compute(self, ends: dict[int, int]) -> dict[int, RowFeatures]:
+        """Features of rows up to token ``ends``; whole rows are kept while they fit the bound."""
+        ids = [self.rows[i].input_ids[:end] for i, end in ends.items()]
+        computed = dict(zip(ends, self.target.forward_rows(ids, self.aux_layer_ids), strict=True))
+        for index, features in computed.items():
+            whole = ends[index] == self._length(index)
+            if whole and self.cache is None and self.num_bytes + features.num_bytes <= self.max_bytes:
+                self._kept[index] = features
+                self.num_bytes += features.num_bytes
         return computed
 
-    def batch(self, indices: list[int]) -> FeatureBatch:
-        """The features of these rows, right-padded together, float32."""
-        missing = [i for i in indices if i not in self._kept]
+    def features(self, windows: list[Window]) -> dict[int, RowFeatures]:
+        """By row, one window each: features of its tokens at least, the target having read the row from its start."""
+        found: dict[int, RowFeatures | None] = {}
+        for window in windows:
+            index = window.row
+            kept = self._kept.get(index)
+            if kept is None and self.cache is not None:
+                kept = self.cache.read(index, window.begin, window.end, self.aux_layer_ids)
+            found[index] = kept
+        missing = {window.row: window.end for window in windows if found[window.row] is None}
         computed = self._compute(missing) if missing else {}
-        rows = [self.rows[i] for i in indices]
-        features = [self._kept.get(i) or computed[i] for i in indices]
+        return {index: kept or computed[index] for index, kept in found.items()}
+
+    def batch(self, indices: list[int]) -> FeatureBatch:
+        """These rows as a whole."""
+        return self.window_batch([whole_row(i, self.rows[i]) for i in indices])
+
+    def window_batch(self, windows: list[Window], features: dict[int, RowFeatures] | None = None) -> FeatureBatch:
+        """The windows right-padded together, features in float32, from ``features`` where they are at hand.
+
+        The loss mask is cut to what the windows' anchors draft.
+        """
+        features = self.features(windows) if features is None else features
         device = self.target.device
 
-        def pad(tensors: list[Tensor]) -> Tensor:
-            return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+        def pad(tensors: Iterable[Tensor]) -> Tensor:
+            return nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True)
 
-        anchors = [anchor_positions(row) for row in rows]
+        def padded(name: str) -> Tensor:
+            of_windows = ((window, features[window.row]) for window in windows)
+            return pad(getattr(f, name)[w.begin - f.begin : w.end - f.begin] for w, f in of_windows)
+
+        rows = [self.rows[window.row] for window in windows]
+        anchors = [torch.tensor(window_anchors(w, row), dtype=torch.long) for w, row in zip(windows, rows, strict=True)]
+        masks = [torch.tensor(row.loss_mask[w.begin : w.end]).bool() for w, row in zip(windows, rows, strict=True)]
+        for window, mask in zip(windows, masks, strict=True):
+            mask[: max(0, window.first + 2 - window.begin)] = False
         return FeatureBatch(
-            anchors_BQ=pad([torch.tensor(row_anchors) for row_anchors in anchors]),
-            anchor_mask_BQ=pad([torch.ones(len(row_anchors), dtype=torch.bool) for row_anchors in anchors]),
-            input_ids_BT=pad([torch.tensor(row.input_ids) for row in rows]),
-            loss_mask_BT=pad([torch.tensor(row.loss_mask, dtype=torch.bool) for row in rows]),
-            lengths_B=torch.tensor([len(row.input_ids) for row in rows], device=device),
-            aux_hidden_BTAH=pad([f.aux_hidden for f in features]).float(),
-            final_hidden_BTH=pad([f.final_hidden for f in features]).float(),
-            logsumexp_BT=pad([f.logsumexp for f in features]),
-            argmax_BT=pad([f.argmax for f in features]),
+            anchors_BQ=pad(anchors),
+            anchor_mask_BQ=pad(torch.ones(len(row_anchors), dtype=torch.bool) for row_anchors in anchors),
+            input_ids_BT=pad(torch.tensor(r.input_ids[w.begin : w.end]) for w, r in zip(windows, rows, strict=True)),
+            loss_mask_BT=pad(masks),
+            begins_B=torch.tensor([window.begin for window in windows], device=device),
+            lengths_B=torch.tensor([window.num_tokens for window in windows], device=device),
+            aux_hidden_BTAH=padded("aux_hidden").float(),
+            final_hidden_BTH=padded("final_hidden").float(),
+            logsumexp_BT=padded("logsumexp"),
+            argmax_BT=padded("argmax"),
         )
 
 
-def anchor_positions(row: TokenRow) -> list[int]:
-    """Indices t at which the server could draft: tokens t + 1 (just sampled) and t + 2 belong to the completion."""
-    mask = row.loss_mask
-    return [t for t in range(len(mask) - 2) if mask[t + 1] and mask[t + 2]]
+def window_anchors(window: Window, row: TokenRow) -> list[int]:
+    """The anchors of a window, counted from its first token."""
+    return [t - window.begin for t in anchor_positions(row) if window.first <= t < window.stop]
 
 
-def length_groups(order: list[int], rows: list[TokenRow], batch_tokens: int) -> list[list[int]]:
-    """Cut ``order`` into groups whose padded size stays within ``batch_tokens`` (one row may exceed it alone)."""
-    groups: list[list[int]] = []
+def length_groups(order: list[Item], length: Callable[[Item], int], batch_tokens: int) -> list[list[Item]]:
+    """Cut ``order`` into groups whose padded size stays within ``batch_tokens`` (one item may exceed it alone)."""
+    groups: list[list[Item]] = []
     longest = 0
-    for index in order:
-        longest = max(longest, len(rows[index].input_ids)) if groups else len(rows[index].input_ids)
+    for item in order:
+        longest = max(longest, length(item)) if groups else length(item)
         if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(index)
+            groups[-1].append(item)
         else:
-            groups.append([index])
-            longest = len(rows[index].input_ids)
+            groups.append([item])
+            longest = length(item)
     return groups

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+
+MAX_SCORES = 2**27  # of one attention at once: with a softmax beside them a gigabyte in float32
 
 
 class PrefixAttention(nn.Module):
@@ -44,7 +48,26 @@ class PrefixAttention(nn.Module):
     def forward(
         self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor
     ) -> Tensor:
-        """Attend to the row's ``prefix`` under ``bias``, and to this anchor's ``own`` keys alone. Returns [B, Q, H]."""
+        """Attend to the row's ``prefix`` under ``bias``, and to this anchor's ``own`` keys alone. Returns [B, Q, H].
+
+        More than ``MAX_SCORES`` are made in chunks of anchors, and made again for the gradient.
+        """
+        B, N, Q, _ = q_BNQD.shape
+        size = max(1, MAX_SCORES // (B * N * (prefix[0].shape[2] + len(own))))
+        if size >= Q:
+            return self.o_proj(self._mix(q_BNQD, prefix, own, bias_BQT))
+        chunks = []
+        for start in range(0, Q, size):
+            part = slice(start, start + size)
+            own_part = [(key[:, :, part], value[:, :, part]) for key, value in own]
+            arguments = q_BNQD[:, :, part], prefix, own_part, bias_BQT[:, part]
+            chunks.append(checkpoint(self._mix, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return self.o_proj(torch.cat(chunks, dim=1))
+
+    def _mix(
+        self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor
+    ) -> Tensor:
+        """[B, Q, N * D]: the values, weighted."""
         B, N, Q, D = q_BNQD.shape
         q = (q_BNQD * D**-0.5).reshape(B, self.num_kv_heads, self.num_groups * Q, D)
         scores = (q @ prefix[0].transpose(-1, -2)).view(B, N, Q, -1) + bias_BQT[:, None]
@@ -57,7 +80,13 @@ class PrefixAttention(nn.Module):
         for j, (_, value) in enumerate(own):
             weight = probs[..., T + j].view(B, self.num_kv_heads, self.num_groups, Q, 1)
             mixed = mixed + weight * value[:, :, None]
-        return self.o_proj(mixed.view(B, N, Q, D).transpose(1, 2).flatten(2))
+        return mixed.view(B, N, Q, D).transpose(1, 2).flatten(2)
+
+    def causal(self, q_BNTD: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
+        """Every position attends to itself and what precedes it, in memory linear in T. Returns [B, T, H]."""
+        keys, values = (part.repeat_interleave(self.num_groups, dim=1) for part in prefix)
+        mixed = F.scaled_dot_product_attention(q_BNTD, keys, values, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -113,9 +142,9 @@ def gather_anchors(states_BTH: Tensor, anchors_BQ: Tensor) -> Tensor:
     return states_BTH.gather(1, anchors_BQ[:, :, None].expand(-1, -1, states_BTH.shape[-1]))
 
 
-def causal_bias(anchors_BQ: Tensor, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+def causal_bias(anchors_BQ: Tensor, indices_T: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, Q, T]: 0 up to each anchor, and as good as minus infinity after it."""
-    later = positions_BT[:, None] > anchors_BQ[:, :, None]
+    later = indices_T > anchors_BQ[:, :, None]
     return torch.zeros_like(later, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
 
 

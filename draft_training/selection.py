@@ -1,31 +1,38 @@
 """Served-like acceptance on held-out conversations: the figure that picks the checkpoint.
 
 The walk does what the server does with a greedy chain: from the last prompt token draft K tokens, accept the longest
-right prefix, jump behind the bonus token, draft again. Along a row that the target produced itself this is exact,
+right prefix, jump behind the bonus token, draft again. Long rows are drafted in windows, each with its whole prefix,
+as the server would; the walk itself goes through the row. Along a row that the target produced itself this is exact,
 also at temperature > 0: a greedily drafted token is accepted with the probability that the target samples it. Along
 another model's trace the target's argmax stands in for the token, given the trace so far.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draft_training.features import FeatureStore, anchor_positions, length_groups
+from draft_training.features import FeatureStore, length_groups
 from draft_training.heads import DraftHead, FeatureBatch
-from specdec.metrics import AcceptanceCounts
+from draft_training.windows import Window, anchor_positions, tiles, whole_row
+from specdec.metrics import OUTPUT_BUCKET_TOKENS, AcceptanceCounts
 from specdec.traces import TokenRow
+
+WINDOW_TOKENS = 1024  # drafted at once of a row; bounds memory, changes no result
 
 
 @dataclass(kw_only=True, slots=True)
 class HeldOutAcceptance:
-    """Counts over all held-out rows, by span, and the accepted count of every draft by conversation."""
+    """Counts over all held-out rows, by span, by where in the output a draft begins (the start of its
+    ``OUTPUT_BUCKET_TOKENS`` bucket), and the accepted count of every draft by conversation."""
 
     total: AcceptanceCounts = field(default_factory=AcceptanceCounts)
     by_span: dict[str, AcceptanceCounts] = field(default_factory=dict)
+    by_output_position: dict[int, AcceptanceCounts] = field(default_factory=dict)
     accepted_by_conversation: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -61,17 +68,34 @@ def held_out_acceptance(head: DraftHead, store: FeatureStore, on_policy: bool, b
     result = HeldOutAcceptance()
     width = head.num_speculative_tokens
     order = sorted(range(len(store.rows)), key=lambda i: len(store.rows[i].input_ids))
-    for group in length_groups(order, store.rows, batch_tokens):
-        batch = store.batch(group)
-        accepted_BQ = accepted_prefix(head.draft_along(batch), batch, on_policy).tolist()
-        for index, accepted_Q in zip(group, accepted_BQ, strict=True):
+    for group in length_groups(order, lambda i: len(store.rows[i].input_ids), batch_tokens):
+        for index, by_anchor in _accepted_by_anchor(head, store, group, on_policy).items():
             row = store.rows[index]
-            by_anchor = dict(zip(anchor_positions(row), accepted_Q, strict=False))  # the rest is padding
             for token, accepted in walk(by_anchor, row.prompt_span[1]):
                 result.total.record(width, accepted)
                 result.by_span.setdefault(_span_name(row, token), AcceptanceCounts()).record(width, accepted)
+                bucket = max(start for start in OUTPUT_BUCKET_TOKENS if start <= token - row.prompt_span[1])
+                result.by_output_position.setdefault(bucket, AcceptanceCounts()).record(width, accepted)
                 result.accepted_by_conversation.setdefault(row.conversation_id, []).append(accepted)
     return result
+
+
+def _accepted_by_anchor(
+    head: DraftHead, store: FeatureStore, group: list[int], on_policy: bool
+) -> dict[int, dict[int, int]]:
+    """By row: of each anchor, how many of its draft tokens would be accepted."""
+    rows = {index: store.rows[index] for index in group}
+    features = store.features([whole_row(index, row) for index, row in rows.items()])
+    accepted: dict[int, dict[int, int]] = {index: {} for index in group}
+    windows = [tiles(index, row, WINDOW_TOKENS, head.num_speculative_tokens) for index, row in rows.items()]
+    for together in itertools.zip_longest(*windows):  # the rows' first windows, their second ones, ...
+        part: list[Window] = [window for window in together if window is not None]
+        batch = store.window_batch(part, features)
+        accepted_BQ = accepted_prefix(head.draft_along(batch), batch, on_policy).tolist()
+        for window, accepted_Q in zip(part, accepted_BQ, strict=True):
+            anchors = [t for t in anchor_positions(rows[window.row]) if window.first <= t < window.stop]
+            accepted[window.row].update(zip(anchors, accepted_Q, strict=False))  # the rest is padding
+    return accepted
 
 
 def _span_name(row: TokenRow, token: int) -> str:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.row_store import load_rows
 from draft_training.warm_start import digest_of, drafted_tokens, head_config_of, load_weights
+from draft_training.windows import Coverage
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
 from specdec.manifest import HeadManifest
-from specdec.metrics import AcceptanceCounts
+from specdec.metrics import OUTPUT_BUCKET_TOKENS, AcceptanceCounts
 from specdec.record import provenance, text_sha256
 from specdec.targets import Target, resolve_target
 from specdec.traces import TokenRow
+
+if TYPE_CHECKING:
+    from draft_training.features import FeatureStore, TargetModel
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,8 @@ def _rows_directory(config: RunConfig, source: str | Path | None, out_dir: Path)
 
 def _identity(config: RunConfig, card: dict[str, Any], target: Target) -> str:
     hashes = [card["splits"][name]["input_ids_sha256"] for name in ("train", "val")]
-    facts = [config.head, config.train]
+    # Where features lie changes no head: a run may go on with another folder or bound.
+    facts = [config.head, dataclasses.replace(config.train, feature_cache_dir=None, feature_cache_gib=0.0)]
     if config.train.init_head is not None:
         hashes.append(digest_of(Path(config.train.init_head)))
     return text_sha256(*hashes, *map(dump_yaml, facts), json.dumps(dataclasses.asdict(target.fingerprint())))
@@ -116,7 +122,7 @@ def _train_rows(
 ) -> HeadManifest:
     import torch
 
-    from draft_training.features import FeatureStore, TargetModel
+    from draft_training.features import TargetModel
     from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
@@ -124,12 +130,8 @@ def _train_rows(
     dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
     torch.manual_seed(config.train.seed)
     target_model = TargetModel.load(target, dtype, device)
-    max_bytes = int(config.train.feature_cache_gib * 2**30)
-    stores = {name: FeatureStore(target_model, rows, aux_layer_ids, max_bytes) for name, rows in splits.items()}
-    stores["val"].max_bytes = max_bytes // 4
     started = time.monotonic()
-    for name, store in stores.items():
-        store.fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
+    stores = _filled_stores(config, target, target_model, aux_layer_ids, splits)
     feature_sec = time.monotonic() - started
     vocab_size = int(target.config["vocab_size"])
     init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
@@ -152,6 +154,7 @@ def _train_rows(
         identity=identity,
         measure_start=init_dir is not None,
     )
+    _log_coverage(trainer.coverage, config.train.window_tokens)
     trainer.run()
     export_dtype = torch.bfloat16
     with torch.no_grad():  # what is measured and reported is the exported head, rounding included
@@ -172,6 +175,7 @@ def _train_rows(
         acceptance={
             **_figures(acceptance.total),
             "by_span": {name: _figures(counts) for name, counts in acceptance.by_span.items()},
+            "by_output_position": _figures_along(acceptance.by_output_position),
             "on_policy": on_policy,
         },
         acceptance_by_prompt=acceptance.accepted_by_conversation,
@@ -180,6 +184,7 @@ def _train_rows(
             config=dataclasses.asdict(config),
             best_step=state.best_step,
             history=state.history,
+            coverage={**dataclasses.asdict(trainer.coverage), "share": trainer.coverage.share},
             train_tok_per_sec=state.num_tokens / state.train_sec if state.train_sec else None,
             train_sec=state.train_sec,
             feature_tok_per_sec=tokens / feature_sec,
@@ -188,6 +193,39 @@ def _train_rows(
     )
     manifest.save(out_dir)  # last: its presence says that the head is complete
     return manifest
+
+
+def _filled_stores(
+    config: RunConfig,
+    target: Target,
+    target_model: TargetModel,
+    aux_layer_ids: list[int],
+    splits: dict[str, list[TokenRow]],
+) -> dict[str, FeatureStore]:
+    """The features of each split, within one bound for all."""
+    from draft_training.feature_cache import FeatureCache
+    from draft_training.features import FeatureStore
+
+    bound = int(config.train.feature_cache_gib * 2**30)
+    stores: dict[str, FeatureStore] = {}
+    for name, rows in splits.items():
+        cache = None
+        if config.train.feature_cache_dir is not None:
+            root = Path(config.train.feature_cache_dir).expanduser()
+            cache = FeatureCache(root, bound, target.fingerprint(), target_model.embedding.dtype, rows)
+        in_memory = sum(store.num_bytes for store in stores.values())
+        stores[name] = FeatureStore(target_model, rows, aux_layer_ids, bound - in_memory, cache)
+        stores[name].fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
+    return stores
+
+
+def _log_coverage(reached: Coverage, window_tokens: int) -> None:
+    if reached.num_windowed_rows:
+        logger.info(
+            "%d of %d rows are longer than train.window_tokens=%d: of each one window an epoch is drawn, and in all "
+            "epochs together %.1f %% of the rows' loss positions",
+            reached.num_windowed_rows, reached.num_rows, window_tokens, 100 * reached.share,
+        )  # fmt: skip
 
 
 def _precision(config: RunConfig, device: Device) -> str:
@@ -205,3 +243,8 @@ def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
         "acceptance_rate": counts.acceptance_rate,
         "per_position_rates": counts.per_position_rates,
     }
+
+
+def _figures_along(counts: dict[int, AcceptanceCounts]) -> list[dict[str, Any]]:
+    ends = dict(itertools.pairwise(OUTPUT_BUCKET_TOKENS))
+    return [{"start": start, "end": ends.get(start), **_figures(counts[start])} for start in sorted(counts)]

@@ -20,12 +20,13 @@ from draft_training.checkpoint import load_checkpoint, save_checkpoint
 from draft_training.features import FeatureStore, length_groups
 from draft_training.interrupt import Interrupted
 from draft_training.selection import held_out_acceptance
+from draft_training.windows import Tiles, Window, coverage, draw, plan_windows
 from specdec.config import TrainConfig
 from specdec.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-POOL_ROWS = 64
+POOL_BATCHES = 32  # at least: with 64 rows a pool, batches of 32k tokens of R1 traces were a fifth padding, now 4 %
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,17 +41,20 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def plan_batches(store: FeatureStore, config: TrainConfig) -> list[list[int]]:
+def plan_batches(planned: list[Tiles], config: TrainConfig) -> list[list[Window]]:
     """All batches of all epochs, from the seed alone: the data position is a step number."""
     batches = []
     for epoch in range(config.epochs):
         rng = random.Random(f"{config.seed}/{epoch}")
-        order = list(range(len(store.rows)))
+        order = draw(planned, config.seed, epoch)
         rng.shuffle(order)
         # Sorting whole pools by length keeps padding low without ordering the epoch by length.
-        slices = [order[i : i + POOL_ROWS] for i in range(0, len(order), POOL_ROWS)]
-        pools = [sorted(members, key=lambda i: len(store.rows[i].input_ids)) for members in slices]
-        groups = [group for members in pools for group in length_groups(members, store.rows, config.batch_tokens)]
+        num_tokens = sum(window.num_tokens for window in order)
+        num_pools = max(1, num_tokens // (POOL_BATCHES * config.batch_tokens))
+        size = math.ceil(len(order) / num_pools)
+        slices = [order[i : i + size] for i in range(0, len(order), size)]
+        pools = [sorted(members, key=lambda window: window.num_tokens) for members in slices]
+        groups = [g for members in pools for g in length_groups(members, lambda w: w.num_tokens, config.batch_tokens)]
         rng.shuffle(groups)
         batches += groups
     return batches
@@ -83,7 +87,8 @@ class Trainer:
         self.measure_start = measure_start
         self.head, self.train_store, self.val_store = head, train_store, val_store
         self.config, self.on_policy, self.work_dir, self.identity = config, on_policy, work_dir, identity
-        self.batches = plan_batches(train_store, config)
+        planned = plan_windows(train_store.rows, config, head.num_speculative_tokens)
+        self.batches, self.coverage = plan_batches(planned, config), coverage(planned, config)
         groups = head.parameter_groups(config.learning_rate, config.lm_head_lr_scale, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -140,11 +145,11 @@ class Trainer:
                 if self._stop and state.step < total:
                     raise Interrupted
 
-    def _train_step(self, indices: list[int]) -> tuple[int, str]:
+    def _train_step(self, windows: list[Window]) -> tuple[int, str]:
         factor = learning_rate_factor(self.state.step, len(self.batches), self.config.warmup_fraction)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        batch = self.train_store.batch(indices)
+        batch = self.train_store.window_batch(windows)
         with self.autocast():
             output = self.head.compute_loss(batch, self.config.step_decay)
         loss = float(output.loss.detach())

@@ -169,7 +169,7 @@ def forget_cached_prefixes(scheduler: Any) -> None:
 
 
 def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None) -> str:
-    """Answers ``{"command": "status"}``, with ``facts``, and ``{"command": "policy", "policy": TEXT}``; never raises."""
+    """Answers ``{"command": "status"}`` (and ``facts``) or ``{"command": "policy", "policy": TEXT}``; never raises."""
     control: Control | None = getattr(scheduler, "specdec_reports", None)
     failure = getattr(scheduler, "specdec_failure", None)
     try:

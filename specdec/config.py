@@ -73,7 +73,10 @@ class TrainConfig:
     step_decay: float = 0.8  # loss weight of draft position i is step_decay ** i
     num_evals: int = 4
     checkpoint_every_sec: float = 60.0
-    feature_cache_gib: float = 4.0
+    feature_cache_dir: str | None = None  # target features on disk, shared by runs; None: in memory, for this run
+    feature_cache_gib: float = 4.0  # never passed, by the whole folder; what does not fit is computed when drawn
+    window_tokens: int = 2048  # loss positions of a row at once; of a longer row one window an epoch, all in turn
+    prefix_tokens: int | None = None  # what a window's head attends to before it; None: the whole prefix, as served
     precision: str = "auto"  # auto | bf16 | fp32
     seed: int = 0
 

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+OUTPUT_BUCKET_TOKENS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # where along an output
 
 @dataclass(kw_only=True, slots=True)
 class AcceptanceCounts:

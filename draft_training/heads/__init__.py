@@ -25,10 +25,12 @@ class DraftInputs:
 
     Index t holds token t and what the target computed on reading it: its distribution there is over token t + 1.
     An anchor t is where the server could draft: token t + 1 is known, token t + 2 is the first to be drafted.
+    Of a long row it is a window: index 0 is its token ``begins``, and what lies before that is not seen.
     """
 
     input_ids_BT: Tensor  # int64; one longer than the features when the last token has not been read yet
     anchors_BQ: Tensor  # int64 indices t, ascending; padding repeats index 0
+    begins_B: Tensor  # int64, the true position of index 0: rotary positions are t + begins
     aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending; A = 0: the head taps none
     final_hidden_BTH: Tensor  # after the target's final norm
 
@@ -37,7 +39,7 @@ class DraftInputs:
 class FeatureBatch(DraftInputs):
     """A right-padded batch of rows with the target's features, and what it learns from."""
 
-    loss_mask_BT: Tensor  # bool, True on completion tokens
+    loss_mask_BT: Tensor  # bool, True on completion tokens that some anchor drafts
     lengths_B: Tensor  # int64
     anchor_mask_BQ: Tensor  # bool
     logsumexp_BT: Tensor  # float32, over the full vocabulary

@@ -71,7 +71,7 @@ def main() -> None:
     for i in range(ROUNDS):
         group = list(range(i * ROWS_PER_ROUND, (i + 1) * ROWS_PER_ROUND))
         peak = peak_flops_per_sec()
-        seconds, flops = timed(lambda group=group: store._compute(group))
+        seconds, flops = timed(lambda group=group: model.forward_rows([rows[j].input_ids for j in group], aux_ids))
         num_tokens = sum(len(rows[j].input_ids) for j in group)
         measured["features"].append({"tok_per_sec": num_tokens / seconds, "share_of_peak": flops / seconds / peak})
     trainer._train_step(trainer.batches[0])  # warm-up
@@ -79,7 +79,7 @@ def main() -> None:
         batches = trainer.batches[i * STEPS_PER_ROUND : (i + 1) * STEPS_PER_ROUND]
         peak = peak_flops_per_sec()
         seconds, flops = timed(lambda batches=batches: [trainer._train_step(batch) for batch in batches])
-        num_tokens = sum(len(rows[j].input_ids) for batch in batches for j in batch)
+        num_tokens = sum(window.num_tokens for batch in batches for window in batch)
         measured["training"].append({"tok_per_sec": num_tokens / seconds, "share_of_peak": flops / seconds / peak})
     summary = {
         stage: {

@@ -12,6 +12,7 @@ from typing import Any
 
 from specdec.evaluation.records import BlockRun, Record, RequestResult
 from specdec.metrics import (
+    OUTPUT_BUCKET_TOKENS,
     AcceptanceCounts,
     bootstrap_ci95,
     percentile,
@@ -21,7 +22,6 @@ from specdec.metrics import (
 )
 
 PERCENTILES = (50, 90, 99)
-OUTPUT_BUCKET_TOKENS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

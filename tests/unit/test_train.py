@@ -123,6 +123,25 @@ def test_another_configuration_is_refused_and_loses_nothing(workspace, tmp_path)
     assert HeadManifest.load(tmp_path)
 
 
+def test_long_rows_come_in_windows_and_the_next_head_finds_the_features_on_disk(workspace, tmp_path):
+    windows = ["train.window_tokens=8", "train.epochs=2"]
+    on_disk = f"train.feature_cache_dir={tmp_path / 'features'}"
+    manifest = train(config_for(workspace, *windows, on_disk), workspace / "traces.jsonl", tmp_path / "eagle3")
+    coverage = manifest.provenance["coverage"]
+    assert coverage["num_windowed_rows"] == coverage["num_rows"] == 9
+    assert 0 < coverage["share"] == coverage["num_covered"] / coverage["num_positions"] < 1
+    along = manifest.acceptance["by_output_position"]
+    assert (along[0]["start"], along[0]["end"]) == (0, 32)
+    assert sum(each["num_drafts"] for each in along) == manifest.acceptance["num_drafts"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+    assert len(before) == 2 * 2  # splits; of this shallow target, one layer and the last hidden state
+    medusa = config_for(workspace, *windows, on_disk, "head.name=medusa")
+    train(medusa, tmp_path / "eagle3" / "rows", tmp_path / "medusa")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")} == before
+    in_memory = config_for(workspace, *windows, "train.feature_cache_gib=0")  # where features lie changes no head
+    assert train(in_memory, workspace / "traces.jsonl", tmp_path / "eagle3") == manifest
+
+
 def test_unknown_head_and_option_are_named(workspace, tmp_path):
     with pytest.raises(ValueError, match="unknown head 'eagle9'; known: eagle, eagle3, medusa, peagle"):
         train(config_for(workspace, "head.name=eagle9"), workspace / "traces.jsonl", tmp_path)

@@ -64,25 +64,25 @@ class PEagleHead(DraftModule, FeatureFusion):
     def outputs(self, inputs: DraftInputs, own_drafts: bool = False) -> Outputs:
         """See ``DraftHead.outputs``: only the first position reads a token after t, and it is no draft."""
         anchors_BQ, ids_BT = inputs.anchors_BQ, inputs.input_ids_BT
-        positions_BT = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)[None]
-        positions_BT = positions_BT.expand(len(anchors_BQ), -1)
-        next_ids = ids_BT[:, (positions_BT[0] + 1).clamp(max=ids_BT.shape[1] - 1)]
+        indices_T = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)
+        next_ids = ids_BT[:, (indices_T + 1).clamp(max=ids_BT.shape[1] - 1)]
+        positions_BT = inputs.begins_B[:, None] + indices_T
+        positions_BQ = inputs.begins_B[:, None] + anchors_BQ
         fused = self.fuse(inputs.aux_hidden_BTAH.flatten(-2))
         known: tuple[Tensor, ...] = (F.embedding(next_ids, self.embed_VH), fused)
         masks = self._mask_states(anchors_BQ)
-        bias_BTT = causal_bias(positions_BT, positions_BT, fused.dtype)
-        bias_BQT = causal_bias(anchors_BQ, positions_BT, fused.dtype)
+        bias_BQT = causal_bias(anchors_BQ, indices_T, fused.dtype)
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             reading, residual = self._layer_inputs(index, known)
             prefix = attention.key_value(reading, positions_BT)
             if index + 1 == len(self.layers):  # nothing reads the last layer's outputs but the anchors
                 reading, residual = gather_anchors(reading, anchors_BQ), gather_anchors(residual, anchors_BQ)
-                attended = attention(attention.query(reading, anchors_BQ), prefix, [], bias_BQT)
+                attended = attention(attention.query(reading, positions_BQ), prefix, [], bias_BQT)
             else:
-                attended = attention(attention.query(reading, positions_BT), prefix, [], bias_BTT)
+                attended = attention.causal(attention.query(reading, positions_BT), prefix)
             known = (layer.outputs(attended, residual),)
-            masks = self._mask_layer(index, masks, prefix, anchors_BQ, bias_BQT)
+            masks = self._mask_layer(index, masks, prefix, positions_BQ, bias_BQT)
         yield self.norm(known[0]), self.lm_head.weight
         for (states_BQH,) in masks:
             yield self.norm(states_BQH), self.lm_head.weight
@@ -98,7 +98,7 @@ class PEagleHead(DraftModule, FeatureFusion):
         index: int,
         masks: list[tuple[Tensor, ...]],
         prefix: tuple[Tensor, Tensor],
-        anchors_BQ: Tensor,
+        positions_BQ: Tensor,
         bias_BQT: Tensor,
     ) -> list[tuple[Tensor, ...]]:
         """One layer over the masks of every anchor."""
@@ -107,8 +107,8 @@ class PEagleHead(DraftModule, FeatureFusion):
         after: list[tuple[Tensor, ...]] = []
         for m, states in enumerate(masks, start=1):
             reading, residual = self._layer_inputs(index, states)
-            own.append(layer.self_attn.key_value(reading, anchors_BQ + m))
-            attended = layer.self_attn(layer.self_attn.query(reading, anchors_BQ + m), prefix, own, bias_BQT)
+            own.append(layer.self_attn.key_value(reading, positions_BQ + m))
+            attended = layer.self_attn(layer.self_attn.query(reading, positions_BQ + m), prefix, own, bias_BQT)
             after.append((layer.outputs(attended, residual),))
         return after
 
