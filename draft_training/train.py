@@ -6,12 +6,13 @@ import dataclasses
 import json
 import logging
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens, covered_share
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
+from draft_training.recipe import check_recipe
 from draft_training.row_store import load_rows
 from specdec.config import RunConfig, dump_yaml, from_dict
 from specdec.device import Device, detect_device
@@ -35,6 +36,7 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
         ValueError: bad input or settings, or an ``out_dir`` of another run.
         Interrupted: stopped by a signal; the same command resumes.
     """
+    check_recipe(config.train)
     spec = load_head(config.head.name)
     options = from_dict(spec.options_cls, config.head.options, "head.options.")
     target = resolve_target(config.target)
@@ -81,20 +83,6 @@ def _finished(out_dir: Path, identity: str) -> HeadManifest | None:
     return manifest
 
 
-def choose_draft_tokens(rows: list[TokenRow], vocab_size: int, draft_vocab_size: int) -> list[int]:
-    """Ascending target ids that the head may draft: the most frequent completion tokens of ``rows``.
-
-    Room left over goes to the lowest ids: a BPE vocabulary is ordered by how often its merges occurred.
-    """
-    counts = Counter(token for row in rows for token in row.input_ids[row.prompt_span[1] :])
-    chosen = dict.fromkeys(token for token, _ in counts.most_common(draft_vocab_size))
-    for token in range(vocab_size):
-        if len(chosen) >= min(draft_vocab_size, vocab_size):
-            break
-        chosen.setdefault(token)
-    return sorted(chosen)
-
-
 def _train_rows(
     config: RunConfig,
     spec: HeadSpec,
@@ -112,6 +100,8 @@ def _train_rows(
     from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
+    counts, vocab_size = count_completion_tokens(splits["train"]), int(target.config["vocab_size"])
+    draft_ids = choose_draft_tokens(counts, vocab_size, spec.draft_vocab_size(options, vocab_size, counts))
     device = detect_device()
     dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
     torch.manual_seed(config.train.seed)
@@ -123,8 +113,6 @@ def _train_rows(
     for name, store in stores.items():
         store.fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
     feature_sec = time.monotonic() - started
-    vocab_size = int(target.config["vocab_size"])
-    draft_ids = choose_draft_tokens(splits["train"], vocab_size, spec.draft_vocab_size(options, vocab_size))
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
     head.to(target_model.device)
     trainer = Trainer(
@@ -169,6 +157,7 @@ def _train_rows(
             train_sec=state.train_sec,
             feature_tok_per_sec=tokens / feature_sec,
             feature_sec=feature_sec,
+            draft_vocab_coverage=covered_share(counts, draft_ids),
         ),
     )
     manifest.save(out_dir)  # last: its presence says that the head is complete
