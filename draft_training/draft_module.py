@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, Q anchors, H width, V draft vocabulary, P learnable po
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class DraftModule(nn.Module):
         vectors = [p for _, p in named if p.ndim == 1]
         for parameter in lm_heads:
             parameter.requires_grad_(lm_head_lr_scale > 0)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"kind": "matrix", "params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
             {"kind": "vector", "params": vectors, "lr": learning_rate, "weight_decay": 0.0},
             {"kind": "lm_head", "params": lm_heads, "lr": learning_rate * lm_head_lr_scale, "weight_decay": 0.0},
