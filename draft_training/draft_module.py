@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, Q anchors, H width, V draft vocabulary, P learnable po
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
-from draft_training.loss import SoftCrossEntropy, chunk_rows
+from draft_training.loss import DraftLoss, chunk_rows
+from draft_training.recipe import Objective
 
 Outputs = Iterator[tuple[Tensor, Tensor]]
 
@@ -52,11 +54,17 @@ class DraftModule(nn.Module):
         best = torch.cat([(chunk @ weight_VH.T).argmax(-1) for chunk in chunks])
         return self.draft_token_ids[best].view(states.shape[:-1])
 
-    def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
-        """Mean soft cross-entropy of each draft position, position j weighted ``step_decay ** j``."""
-        return self._chain_loss(batch, self.outputs(batch), step_decay)
+    def compute_loss(self, batch: FeatureBatch, objective: Objective) -> LossOutput:
+        """The weighted mean loss of each draft position, added up.
 
-    def _chain_loss(self, batch: FeatureBatch, outputs: Outputs, step_decay: float) -> LossOutput:
+        Position j weighs ``step_decay ** j`` or, with position weights "survival", on each anchor the probability that
+        a server which drafts greedily still accepts at j: the product of p at the drafts before it, each one raised to
+        ``floor + (1 - floor) * p``. That is the cumulative-confidence half of D-PACE (arXiv 2605.18810, eq. 7 and
+        8) with the target's own probabilities; the continuation half needs the later positions first.
+        """
+        return self._chain_loss(batch, self.outputs(batch), objective)
+
+    def _chain_loss(self, batch: FeatureBatch, outputs: Outputs, objective: Objective) -> LossOutput:
         # A position s is worth learning when token s + 1 belongs to the completion and the head can say it.
         learnable_BT = F.pad(batch.loss_mask_BT[:, 1:], (0, 1)) & (self.draft_id_of_target[batch.argmax_BT] >= 0)
         rank_BT = learnable_BT.flatten().cumsum(0).view_as(learnable_BT) - 1
@@ -65,13 +73,22 @@ class DraftModule(nn.Module):
         last = batch.input_ids_BT.shape[1] - 1
         loss = batch.final_hidden_BTH.new_zeros(())
         num_targets, num_correct = [], []
+        survives = objective.position_weights == "survival"
+        weight_BQ = torch.ones_like(batch.anchors_BQ, dtype=torch.float32)
         for j, (states_BQH, weight_VH) in enumerate(outputs):
             seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
             reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
             ranks = rank_BT.gather(1, seen_BQ)[reached_BQ]
-            weights = probs_PV.new_full((len(ranks),), step_decay**j / max(len(ranks), 1))
-            step_loss, best = SoftCrossEntropy.apply(states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights)
+            weights = weight_BQ[reached_BQ] / max(len(ranks), 1)
+            step_loss, best, accepted = DraftLoss.apply(
+                states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights, objective
+            )
             loss = loss + step_loss
+            if survives:  # what can't be drafted is never accepted
+                rate_BQ = torch.zeros_like(weight_BQ).masked_scatter_(reached_BQ, accepted)
+                weight_BQ = weight_BQ * (objective.survival_floor + (1 - objective.survival_floor) * rate_BQ)
+            else:
+                weight_BQ = weight_BQ * objective.step_decay
             wanted = batch.argmax_BT.gather(1, seen_BQ)[reached_BQ]
             num_targets.append(len(ranks))
             num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
@@ -95,14 +112,17 @@ class DraftModule(nn.Module):
         return [int(self.greedy(*output)) for output in self.outputs(inputs, own_drafts=True)]
 
     def parameter_groups(self, learning_rate: float, lm_head_lr_scale: float, weight_decay: float) -> list[dict]:
-        """Matrices decay, vectors don't; an lm_head starts from the target's rows and may want smaller steps."""
+        """Matrices decay, vectors don't; an lm_head starts from the target's rows and may want smaller steps, or with
+        a scale of 0 none: it is frozen then, and its gradient isn't computed."""
         named = list(self.named_parameters())
         lm_heads = [p for name, p in named if name.startswith("lm_head")]
         matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
         vectors = [p for _, p in named if p.ndim == 1]
-        groups = [
-            {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-            {"params": lm_heads, "lr": learning_rate * lm_head_lr_scale, "weight_decay": 0.0},
+        for parameter in lm_heads:
+            parameter.requires_grad_(lm_head_lr_scale > 0)
+        groups: list[dict[str, Any]] = [
+            {"kind": "matrix", "params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+            {"kind": "vector", "params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+            {"kind": "lm_head", "params": lm_heads, "lr": learning_rate * lm_head_lr_scale, "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return [group for group in groups if any(p.requires_grad for p in group["params"])]

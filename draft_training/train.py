@@ -7,12 +7,13 @@ import itertools
 import json
 import logging
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens, covered_share
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
+from draft_training.recipe import check_recipe
 from draft_training.row_store import load_rows
 from draft_training.warm_start import digest_of, drafted_tokens, head_config_of, load_weights
 from draft_training.windows import Coverage
@@ -41,6 +42,7 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
         ValueError: bad input or settings, or an ``out_dir`` of another run.
         Interrupted: stopped by a signal; the same command resumes.
     """
+    check_recipe(config.train)
     init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
     if init_dir is not None:
         config.head = head_config_of(init_dir, config.head)
@@ -95,20 +97,6 @@ def _finished(out_dir: Path, identity: str) -> HeadManifest | None:
     return manifest
 
 
-def choose_draft_tokens(rows: list[TokenRow], vocab_size: int, draft_vocab_size: int) -> list[int]:
-    """Ascending target ids that the head may draft: the most frequent completion tokens of ``rows``.
-
-    Room left over goes to the lowest ids: a BPE vocabulary is ordered by how often its merges occurred.
-    """
-    counts = Counter(token for row in rows for token in row.input_ids[row.prompt_span[1] :])
-    chosen = dict.fromkeys(token for token, _ in counts.most_common(draft_vocab_size))
-    for token in range(vocab_size):
-        if len(chosen) >= min(draft_vocab_size, vocab_size):
-            break
-        chosen.setdefault(token)
-    return sorted(chosen)
-
-
 def _train_rows(
     config: RunConfig,
     spec: HeadSpec,
@@ -126,6 +114,12 @@ def _train_rows(
     from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
+    counts, vocab_size = count_completion_tokens(splits["train"]), int(target.config["vocab_size"])
+    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
+    if init_dir is not None:
+        draft_ids = drafted_tokens(init_dir, vocab_size)
+    else:
+        draft_ids = choose_draft_tokens(counts, vocab_size, spec.draft_vocab_size(options, vocab_size, counts))
     device = detect_device()
     dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
     torch.manual_seed(config.train.seed)
@@ -133,12 +127,6 @@ def _train_rows(
     started = time.monotonic()
     stores = _filled_stores(config, target, target_model, aux_layer_ids, splits)
     feature_sec = time.monotonic() - started
-    vocab_size = int(target.config["vocab_size"])
-    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
-    if init_dir is not None:
-        draft_ids = drafted_tokens(init_dir, vocab_size)
-    else:
-        draft_ids = choose_draft_tokens(splits["train"], vocab_size, spec.draft_vocab_size(options, vocab_size))
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
     if init_dir is not None:
         load_weights(head, init_dir)
@@ -189,6 +177,7 @@ def _train_rows(
             train_sec=state.train_sec,
             feature_tok_per_sec=tokens / feature_sec,
             feature_sec=feature_sec,
+            draft_vocab_coverage=covered_share(counts, draft_ids),
         ),
     )
     manifest.save(out_dir)  # last: its presence says that the head is complete

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 
+from draft_training.averaging import WeightAverage
 from draft_training.checkpoint import load_checkpoint, save_checkpoint
 from draft_training.features import FeatureStore, length_groups
 from draft_training.interrupt import Interrupted
+from draft_training.optimizers import make_optimizer
+from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
 from draft_training.windows import Tiles, Window, coverage, draw, plan_windows
 from specdec.config import TrainConfig
@@ -90,7 +93,9 @@ class Trainer:
         planned = plan_windows(train_store.rows, config, head.num_speculative_tokens)
         self.batches, self.coverage = plan_batches(planned, config), coverage(planned, config)
         groups = head.parameter_groups(config.learning_rate, config.lm_head_lr_scale, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.optimizer = make_optimizer(config.optimizer, groups)
+        self.average = WeightAverage(head, config.ema)
+        self.objective = Objective.of(config)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.state = TrainState()
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -138,7 +143,8 @@ class Trainer:
                 state.train_sec += time.monotonic() - started
                 advance(1, f"{note} {state.num_tokens / state.train_sec:.0f} tok/s")
                 if state.step in eval_steps:
-                    self._evaluate()
+                    with self.average.applied():
+                        self._evaluate()
                 if self._stop or state.step == total or time.monotonic() - last_save > self.config.checkpoint_every_sec:
                     self._save()
                     last_save = time.monotonic()
@@ -151,7 +157,7 @@ class Trainer:
             group["lr"] = base * factor
         batch = self.train_store.window_batch(windows)
         with self.autocast():
-            output = self.head.compute_loss(batch, self.config.step_decay)
+            output = self.head.compute_loss(batch, self.objective)
         loss = float(output.loss.detach())
         if not math.isfinite(loss):
             raise ValueError(
@@ -161,6 +167,7 @@ class Trainer:
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         hits = "/".join(f"{c / max(n, 1):.2f}" for c, n in zip(output.num_correct, output.num_targets, strict=True))
         return int(batch.lengths_B.sum()), f"loss {loss:.3f} top-1 {hits}"
@@ -187,6 +194,7 @@ class Trainer:
                 "state": dataclasses.asdict(self.state),
                 "weights": self.head.state_dict(),
                 "best_weights": self.best_weights,
+                "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
             },
@@ -199,6 +207,7 @@ class Trainer:
         self.state = TrainState(**checkpoint["state"])
         self.head.load_state_dict(checkpoint["weights"])
         self.best_weights = checkpoint["best_weights"]
+        self.average.load_state_dict(checkpoint["average"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"].cpu())
         logger.info("resuming at step %d of %d", self.state.step, len(self.batches))

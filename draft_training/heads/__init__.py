@@ -7,6 +7,7 @@ The trainer, selection and the reference decoder know the ``DraftHead`` protocol
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from draft_training.features import TargetModel
+    from draft_training.recipe import Objective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,7 +75,7 @@ class DraftHead(Protocol):
         """
         ...
 
-    def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
+    def compute_loss(self, batch: FeatureBatch, objective: Objective) -> LossOutput:
         """Training loss of all draft positions."""
         ...
 
@@ -88,7 +90,7 @@ class DraftHead(Protocol):
         ...
 
     def parameter_groups(self, learning_rate: float, lm_head_lr_scale: float, weight_decay: float) -> list[dict]:
-        """Optimiser groups."""
+        """Optimiser groups, of the ``kind`` "matrix", "vector" or "lm_head"; a scale of 0 freezes the lm_head."""
         ...
 
     def export(self, directory: Path, dtype: torch.dtype) -> None:
@@ -111,9 +113,9 @@ class HeadSpec:
         """The target layers to tap, ascending; id k is the residual stream after k layers."""
         return options.resolve_aux_layer_ids(num_hidden_layers)
 
-    def draft_vocab_size(self, options: Any, vocab_size: int) -> int:
-        """How many of the target's tokens the head may draft."""
-        return options.resolve_draft_vocab_size(vocab_size)
+    def draft_vocab_size(self, options: Any, vocab_size: int, token_counts: Counter[int]) -> int:
+        """How many of the target's tokens the head may draft; the counts are of the rows' completions."""
+        return options.resolve_draft_vocab_size(vocab_size, token_counts)
 
     def build(self, target: TargetModel, draft_token_ids: Tensor, options: Any, num_speculative_tokens: int) -> Any:
         """A new head for ``target``; ``draft_token_ids`` are the target ids it may draft, ascending."""
@@ -135,6 +137,25 @@ def resolve_aux_layers(wanted: list[int], num_hidden_layers: int) -> list[int]:
     if ids != sorted(set(ids)) or ids[0] < 1 or ids[-1] >= n:
         raise ValueError(f"aux_layer_ids {ids} must ascend within 1 .. {n - 1}")
     return ids
+
+
+def resolve_draft_vocab(size: int, coverage: float | None, vocab_size: int, token_counts: Counter[int]) -> int:
+    """``size``, or with a ``coverage`` as few of the most frequent tokens as make up that share of all counted ones;
+    at most the target's vocabulary.
+
+    Raises:
+        ValueError: a coverage that is no share.
+    """
+    if coverage is None:
+        return min(size, vocab_size)
+    if not 0 < coverage <= 1:
+        raise ValueError(f"head.options.draft_vocab_coverage is a share above 0 and up to 1, got {coverage}")
+    wanted, covered, num_tokens = coverage * token_counts.total(), 0, 0
+    for _, count in token_counts.most_common():
+        if covered >= wanted:
+            break
+        covered, num_tokens = covered + count, num_tokens + 1
+    return max(1, num_tokens)
 
 
 def list_heads() -> list[str]:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import load_head
 from draft_training.row_store import load_rows
-from draft_training.train import choose_draft_tokens
 from draft_training.trainer import Trainer
 from specdec.config import from_dict, load_config
 from specdec.demo import DEMO_SETTINGS
@@ -61,7 +61,8 @@ def main() -> None:
     options = from_dict(spec.options_cls, config.head.options)
     aux_ids = spec.aux_layer_ids(options, int(target.config["num_hidden_layers"]))
     store = FeatureStore(model, rows[: ROUNDS * ROWS_PER_ROUND], aux_ids, max_bytes=2**33)
-    ids = choose_draft_tokens(rows, int(target.config["vocab_size"]), options.draft_vocab_size)
+    counts = count_completion_tokens(rows)
+    ids = choose_draft_tokens(counts, int(target.config["vocab_size"]), options.draft_vocab_size)
     head = spec.build(model, torch.tensor(ids), options, config.head.num_speculative_tokens)
     trainer = Trainer(
         head=head, train_store=store, val_store=store, config=config.train, precision="fp32", on_policy=True,

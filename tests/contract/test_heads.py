@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from draft_training.features import FeatureStore, TargetModel, anchor_positions
 from draft_training.heads import list_heads, load_head
+from draft_training.recipe import Objective
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
 from specdec.config import TargetConfig
@@ -62,7 +64,7 @@ def build(spec, target, draft_vocab_size=None, perturb=0.1):
     options = spec.options_cls()
     if draft_vocab_size is not None and truncates(spec):
         options.draft_vocab_size = draft_vocab_size
-    size = spec.draft_vocab_size(options, target.config.vocab_size)
+    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
     head = spec.build(target, torch.arange(size), options, K)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -95,7 +97,10 @@ def test_a_later_token_changes_no_earlier_draft(spec, target, rows):
     assert not torch.equal(before, after)
 
 
-def test_loss_falls_and_the_target_is_untouched(spec, target, rows):
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(loss="lk_hybrid", position_weights="survival"), Objective(loss="lk_log")]
+)
+def test_loss_falls_and_the_target_is_untouched(spec, target, rows, objective):
     head = build(spec, target, perturb=0.0)
     store = make_store(head, target, rows)
     frozen = target.embedding.clone()
@@ -103,7 +108,7 @@ def test_loss_falls_and_the_target_is_untouched(spec, target, rows):
     batch = store.batch([0, 1, 2])
     losses = []
     for _ in range(25):
-        output = head.compute_loss(batch, 0.8)
+        output = head.compute_loss(batch, objective)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -117,7 +122,7 @@ def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
     head = build(spec, target)
     batch = make_store(head, target, rows).batch([0, 1, 2])
     head.zero_grad()
-    head.compute_loss(batch, 0.0).loss.backward()  # 0 ** 0 = 1: only position 0 weighs
+    head.compute_loss(batch, Objective(step_decay=0.0)).loss.backward()  # 0 ** 0 = 1: only position 0 weighs
     fused = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
     head.zero_grad()
     states, weight = next(head.outputs(batch))
@@ -140,7 +145,7 @@ def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(sp
     store = make_store(head, target, rows)
     optimizer = torch.optim.AdamW(head.parameter_groups(5e-3, 1.0, 0.0))
     for _ in range(60):  # a head that is right sometimes: otherwise the comparison is empty
-        head.compute_loss(store.batch([0, 1, 2]), 0.8).loss.backward()
+        head.compute_loss(store.batch([0, 1, 2]), Objective()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     num_accepted = 0

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import list_heads, load_head
+from draft_training.recipe import Objective
 from draft_training.reference import greedy_decode, speculative_decode
 from specdec.config import TargetConfig
 from specdec.device import Device
@@ -116,12 +118,12 @@ def trained_head(place: Workplace, name: str, directory: Path) -> Any:
         options.draft_vocab_size = 250  # truncated, so that the map to target ids matters
     vocab_size = int(place.model.config.vocab_size)
     torch.manual_seed(1)
-    ids = torch.randperm(vocab_size)[: spec.draft_vocab_size(options, vocab_size)].sort().values
+    ids = torch.randperm(vocab_size)[: spec.draft_vocab_size(options, vocab_size, Counter())].sort().values
     head = spec.build(place.model, ids, options, K)
     batch = FeatureStore(place.model, place.rows, head.aux_layer_ids, 2**30).batch(list(range(NUM_TRAINED)))
     optimizer = torch.optim.AdamW(head.parameter_groups(5e-3, 1.0, 0.0))
     for _ in range(80):
-        head.compute_loss(batch, 0.8).loss.backward()
+        head.compute_loss(batch, Objective()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -11,20 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from draft_training.completions import load_completions
+from draft_training.draft_vocabulary import count_completion_tokens
 from draft_training.prepare import prepare
 from draft_training.row_store import load_rows
-from draft_training.train import choose_draft_tokens, train
+from draft_training.train import train
 from draft_training.trainer import learning_rate_factor
 from specdec.cli import app
 from specdec.config import RunConfig, TargetConfig, load_config
 from specdec.doctor import diagnose
 from specdec.manifest import HeadManifest
 from specdec.targets import resolve_target
-from specdec.traces import TokenRow
 from tests.tiny import save_tiny_target
 
 
@@ -82,15 +83,18 @@ def test_every_head_trains_from_the_command_line(workspace, tmp_path, head, meth
     assert diagnose(tmp_path, resolve_target(TargetConfig(name=str(workspace / "target")))) == []
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill):
-    train(config_for(workspace), workspace / "traces.jsonl", tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("kill", "recipe"),
+    [(signal.SIGINT, []), (signal.SIGKILL, []), (signal.SIGKILL, ["train.optimizer=muon", "train.ema=0.9"])],
+)
+def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill, recipe):
+    train(config_for(workspace, *recipe), workspace / "traces.jsonl", tmp_path / "whole")
     command = [
         sys.executable, "-m", "specdec", "train", "--target", str(workspace / "target"),
         "--traces", str(workspace / "traces.jsonl"), "--out", str(tmp_path / "cut"),
         *[f"--set={item}" for item in (
             "train.epochs=3", "train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25",
-            "train.checkpoint_every_sec=0.0",
+            "train.checkpoint_every_sec=0.0", *recipe,
         )],
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -102,7 +106,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill
     if kill == signal.SIGINT and process.returncode != 0:
         assert process.returncode == 2
         assert "run the same command to continue" in errors.splitlines()[-1]
-    resumed = config_for(workspace)
+    resumed = config_for(workspace, *recipe)
     resumed.train.checkpoint_every_sec = 0.0
     train(resumed, workspace / "traces.jsonl", tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -149,6 +153,41 @@ def test_unknown_head_and_option_are_named(workspace, tmp_path):
         train(config_for(workspace, "head.options.norm_outputs=true"), workspace / "traces.jsonl", tmp_path)
 
 
+def test_a_frozen_lm_head_stays_the_target_s_rows(workspace, tmp_path):
+    train(config_for(workspace, "train.lm_head_lr_scale=0"), workspace / "traces.jsonl", tmp_path)
+    d2t = load_file(tmp_path / "model.safetensors")["d2t"]
+    rows = load_file(workspace / "target" / "model.safetensors")["model.embed_tokens.weight"]  # tied
+    lm_head = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(lm_head, rows[d2t + torch.arange(len(d2t))].bfloat16())
+
+
+def test_a_vocabulary_chosen_by_coverage_is_as_small_as_it_may_be(workspace, tmp_path):
+    overrides = ["head.options.draft_vocab_coverage=0.9", "train.epochs=1", "train.num_evals=1"]
+    manifest = train(config_for(workspace, *overrides), workspace / "traces.jsonl", tmp_path)
+    counts = count_completion_tokens(load_rows(tmp_path / "rows" / "train"))
+    best = [count for _, count in counts.most_common()]
+    n = manifest.draft_vocab_size
+    assert sum(best[:n]) >= 0.9 * sum(best) > sum(best[: n - 1])
+    assert manifest.provenance["draft_vocab_coverage"] == sum(best[:n]) / sum(best)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.loss=kl", r"train\.loss must be one of cross_entropy, lk_hybrid, lk_log; got 'kl'"),
+        ("train.optimizer=sgd", r"train\.optimizer must be one of adamw, muon"),
+        ("train.position_weights=flat", r"train\.position_weights must be one of decay, survival"),
+        ("train.ema=1", r"train\.ema must be at least 0 .* below 1, got 1"),
+        ("train.survival_floor=2", r"train\.survival_floor must be from 0 to 1"),
+        ("train.lm_head_lr_scale=-1", r"train\.lm_head_lr_scale must not be negative"),
+        ("head.options.draft_vocab_coverage=99", r"draft_vocab_coverage is a share above 0 and up to 1, got 99"),
+    ],
+)
+def test_a_recipe_that_nobody_knows_is_refused(workspace, tmp_path, override, words):
+    with pytest.raises(ValueError, match=words):
+        train(config_for(workspace, override), workspace / "traces.jsonl", tmp_path)
+
+
 def test_long_rows_are_dropped_and_counted_never_cut(workspace, tmp_path):
     config = config_for(workspace)
     config.traces.files = [str(workspace / "traces.jsonl")]
@@ -169,17 +208,6 @@ def test_rows_of_other_settings_are_kept(workspace, tmp_path):
     config.traces.seed = 1
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         prepare(config, tmp_path)
-
-
-def row(prompt: str, completion: list[int]) -> TokenRow:
-    spans = {"prompt_span": (0, 1), "think_span": (1, 1), "answer_span": (1, 1 + len(completion))}
-    return TokenRow(conversation_id=prompt, prompt=prompt, input_ids=[9, *completion], **spans)
-
-
-def test_draft_tokens_are_the_frequent_ones_then_the_lowest():
-    assert choose_draft_tokens([row("a", [7, 7, 5, 5, 8])], vocab_size=10, draft_vocab_size=2) == [5, 7]
-    assert choose_draft_tokens([row("a", [7])], vocab_size=10, draft_vocab_size=4) == [0, 1, 2, 7]
-    assert choose_draft_tokens([row("a", [7])], vocab_size=3 + 5, draft_vocab_size=99) == list(range(8))
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path):

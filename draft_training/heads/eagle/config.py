@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -16,6 +17,6 @@ class EagleOptions:
         """None: the layer reads what follows the target's final norm."""
         return []
 
-    def resolve_draft_vocab_size(self, vocab_size: int) -> int:
+    def resolve_draft_vocab_size(self, vocab_size: int, token_counts: Counter[int]) -> int:
         """The whole vocabulary."""
         return vocab_size

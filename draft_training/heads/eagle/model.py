@@ -20,6 +20,7 @@ from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
 from draft_training.heads.eagle.config import EagleOptions
 from draft_training.layers import DecoderLayer, init_layers, layer_config
+from draft_training.recipe import Objective
 
 
 class EagleHead(ChainModule):
@@ -51,12 +52,13 @@ class EagleHead(ChainModule):
         """See ``ChainModule.output_weight``."""
         return self.teacher_VH
 
-    def compute_loss(self, batch: FeatureBatch, step_decay: float) -> LossOutput:
-        """Soft cross-entropy, and on demand the distance of position j's features from the target's at t + 1 + j."""
+    def compute_loss(self, batch: FeatureBatch, objective: Objective) -> LossOutput:
+        """See ``DraftHead.compute_loss``; and on demand the distance of position j's features from the target's at
+        t + 1 + j, always weighted ``step_decay ** j``."""
         if not self.feature_loss_weight:
-            return super().compute_loss(batch, step_decay)
+            return super().compute_loss(batch, objective)
         distances: list[Tensor] = []
-        output = self._chain_loss(batch, self._compared(batch, step_decay, distances), step_decay)
+        output = self._chain_loss(batch, self._compared(batch, objective.step_decay, distances), objective)
         output.loss = output.loss + self.feature_loss_weight * torch.stack(distances).sum()
         return output
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import load_head
+from draft_training.recipe import Objective
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
@@ -105,7 +106,7 @@ def test_the_feature_loss_is_the_smooth_l1_distance_of_every_position(target, ba
             if t + 1 + j <= last
         ]
         wanted = wanted + 0.5 * 0.8**j * torch.stack(pairs).mean()
-    difference = regressing.compute_loss(batch, 0.8).loss - plain.compute_loss(batch, 0.8).loss
+    difference = regressing.compute_loss(batch, Objective()).loss - plain.compute_loss(batch, Objective()).loss
     torch.testing.assert_close(difference, wanted, rtol=1e-4, atol=1e-4)
 
 

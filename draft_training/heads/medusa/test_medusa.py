@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def target(tmp_path_factory) -> TargetModel:
 def make_head(target, shake=True, **options):
     spec = load_head("medusa")
     opts = spec.options_cls(**{"draft_vocab_size": len(IDS), **options})
-    whole = spec.draft_vocab_size(opts, target.config.vocab_size) != len(IDS)
+    whole = spec.draft_vocab_size(opts, target.config.vocab_size, Counter()) != len(IDS)
     torch.manual_seed(3)
     head = spec.build(target, torch.arange(target.config.vocab_size) if whole else IDS, opts, K)
     with torch.no_grad():
@@ -99,4 +100,4 @@ def test_a_frozen_output_layer_is_exported_as_exactly_as_the_target_has_it(targe
 def test_an_unknown_output_layer_is_refused():
     spec = load_head("medusa")
     with pytest.raises(ValueError, match="shared, target, own"):
-        spec.draft_vocab_size(spec.options_cls(lm_head="tied"), 100)
+        spec.draft_vocab_size(spec.options_cls(lm_head="tied"), 100, Counter())

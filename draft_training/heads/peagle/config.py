@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-from draft_training.heads import resolve_aux_layers
+from draft_training.heads import resolve_aux_layers, resolve_draft_vocab
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,6 +13,7 @@ class PEagleOptions:
     """The paper's values are in the README beside this file."""
 
     draft_vocab_size: int = 8192  # most frequent completion tokens; at most the target's vocabulary
+    draft_vocab_coverage: float | None = None  # instead of the size: the share of completion tokens, such as 0.99
     num_layers: int = 2
     aux_layer_ids: list[int] = field(default_factory=list)  # empty: low, middle, high = 2, n // 2, n - 3
     intermediate_size: int | None = None  # None: the target's
@@ -23,6 +25,6 @@ class PEagleOptions:
         """See ``resolve_aux_layers``."""
         return resolve_aux_layers(self.aux_layer_ids, num_hidden_layers)
 
-    def resolve_draft_vocab_size(self, vocab_size: int) -> int:
-        """At most the target's vocabulary."""
-        return min(self.draft_vocab_size, vocab_size)
+    def resolve_draft_vocab_size(self, vocab_size: int, token_counts: Counter[int]) -> int:
+        """See ``resolve_draft_vocab``."""
+        return resolve_draft_vocab(self.draft_vocab_size, self.draft_vocab_coverage, vocab_size, token_counts)

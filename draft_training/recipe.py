@@ -1,0 +1,51 @@
+"""The choices of ``train.*`` that decide what is learnt, checked before anything expensive starts. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.config import TrainConfig
+
+LOSSES = ("cross_entropy", "lk_hybrid", "lk_log")
+POSITION_WEIGHTS = ("decay", "survival")
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What a draft position costs (``draft_training/loss.py``), and what each position weighs."""
+
+    loss: str = "cross_entropy"
+    lk_eta: float = 3.0
+    position_weights: str = "decay"
+    step_decay: float = 0.8
+    survival_floor: float = 0.5
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Objective:
+        """The part of the settings that the loss needs."""
+        return cls(
+            loss=config.loss,
+            lk_eta=config.lk_eta,
+            position_weights=config.position_weights,
+            step_decay=config.step_decay,
+            survival_floor=config.survival_floor,
+        )
+
+
+def check_recipe(config: TrainConfig) -> None:
+    """Refuse what no module knows.
+
+    Raises:
+        ValueError: names the setting and what it may be.
+    """
+    for name, known in (("loss", LOSSES), ("position_weights", POSITION_WEIGHTS), ("optimizer", OPTIMIZERS)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
+    if not 0 <= config.survival_floor <= 1:
+        raise ValueError(f"train.survival_floor must be from 0 to 1, got {config.survival_floor}")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"train.ema must be at least 0 (no average) and below 1, got {config.ema}")
+    for name in ("lk_eta", "lm_head_lr_scale"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"train.{name} must not be negative, got {getattr(config, name)}")
