@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from specdec.traces import TokenRow
 
 if TYPE_CHECKING:
     from draft_training.features import FeatureStore, TargetModel
+    from draft_training.selection import HeldOutAcceptance
+    from draft_training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -114,12 +117,6 @@ def _train_rows(
     from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
-    counts, vocab_size = count_completion_tokens(splits["train"]), int(target.config["vocab_size"])
-    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
-    if init_dir is not None:
-        draft_ids = drafted_tokens(init_dir, vocab_size)
-    else:
-        draft_ids = choose_draft_tokens(counts, vocab_size, spec.draft_vocab_size(options, vocab_size, counts))
     device = detect_device()
     dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
     torch.manual_seed(config.train.seed)
@@ -127,10 +124,8 @@ def _train_rows(
     started = time.monotonic()
     stores = _filled_stores(config, target, target_model, aux_layer_ids, splits)
     feature_sec = time.monotonic() - started
-    head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
-    if init_dir is not None:
-        load_weights(head, init_dir)
-    head.to(target_model.device)
+    token_counts = count_completion_tokens(splits["train"])
+    head = _new_head(config, spec, options, target_model, token_counts)
     trainer = Trainer(
         head=head,
         train_store=stores["train"],
@@ -140,7 +135,7 @@ def _train_rows(
         on_policy=on_policy,
         work_dir=out_dir / "work",
         identity=identity,
-        measure_start=init_dir is not None,
+        measure_start=config.train.init_head is not None,
     )
     _log_coverage(trainer.coverage, config.train.window_tokens)
     trainer.run()
@@ -150,8 +145,7 @@ def _train_rows(
             parameter.copy_(parameter.to(export_dtype).float())
     acceptance = held_out_acceptance(head, stores["val"], on_policy, config.train.batch_tokens)
     head.export(out_dir, export_dtype)
-    state = trainer.state
-    tokens = sum(len(row.input_ids) for row in splits["train"] + splits["val"])
+    num_tokens = sum(len(row.input_ids) for row in splits["train"] + splits["val"])
     manifest = HeadManifest(
         head=spec.name,
         vllm_method=spec.vllm_method,
@@ -159,29 +153,39 @@ def _train_rows(
         num_speculative_tokens=config.head.num_speculative_tokens,
         target_name=target.name,
         target=target.fingerprint(),
-        draft_vocab_size=len(draft_ids),
-        acceptance={
-            **_figures(acceptance.total),
-            "by_span": {name: _figures(counts) for name, counts in acceptance.by_span.items()},
-            "by_output_position": _figures_along(acceptance.by_output_position),
-            "on_policy": on_policy,
-        },
+        draft_vocab_size=head.draft_vocab_size,
+        acceptance={**_acceptance_figures(acceptance), "on_policy": on_policy},
         acceptance_by_prompt=acceptance.accepted_by_conversation,
         provenance=provenance(
             identity=identity,
             config=dataclasses.asdict(config),
-            best_step=state.best_step,
-            history=state.history,
-            coverage={**dataclasses.asdict(trainer.coverage), "share": trainer.coverage.share},
-            train_tok_per_sec=state.num_tokens / state.train_sec if state.train_sec else None,
-            train_sec=state.train_sec,
-            feature_tok_per_sec=tokens / feature_sec,
             feature_sec=feature_sec,
-            draft_vocab_coverage=covered_share(counts, draft_ids),
+            feature_tok_per_sec=num_tokens / feature_sec,
+            draft_vocab_coverage=covered_share(token_counts, head.draft_token_ids.tolist()),
+            **_training_figures(trainer),
         ),
     )
     manifest.save(out_dir)  # last: its presence says that the head is complete
     return manifest
+
+
+def _new_head(
+    config: RunConfig, spec: HeadSpec, options: Any, target_model: TargetModel, token_counts: Counter[int]
+) -> Any:
+    """On the target's device; with the weights and the vocabulary of ``train.init_head`` where that is set."""
+    import torch
+
+    vocab_size = int(target_model.config.vocab_size)
+    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
+    if init_dir is not None:
+        draft_ids = drafted_tokens(init_dir, vocab_size)
+    else:
+        size = spec.draft_vocab_size(options, vocab_size, token_counts)
+        draft_ids = choose_draft_tokens(token_counts, vocab_size, size)
+    head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
+    if init_dir is not None:
+        load_weights(head, init_dir)
+    return head.to(target_model.device)
 
 
 def _filled_stores(
@@ -223,6 +227,25 @@ def _precision(config: RunConfig, device: Device) -> str:
     if config.train.precision not in ("bf16", "fp32"):
         raise ValueError(f"train.precision must be auto, bf16 or fp32, got {config.train.precision!r}")
     return config.train.precision
+
+
+def _training_figures(trainer: Trainer) -> dict[str, Any]:
+    state = trainer.state
+    return {
+        "best_step": state.best_step,
+        "history": state.history,
+        "coverage": {**dataclasses.asdict(trainer.coverage), "share": trainer.coverage.share},
+        "train_tok_per_sec": state.num_tokens / state.train_sec if state.train_sec else None,
+        "train_sec": state.train_sec,
+    }
+
+
+def _acceptance_figures(acceptance: HeldOutAcceptance) -> dict[str, Any]:
+    return {
+        **_figures(acceptance.total),
+        "by_span": {name: _figures(counts) for name, counts in acceptance.by_span.items()},
+        "by_output_position": _figures_along(acceptance.by_output_position),
+    }
 
 
 def _figures(counts: AcceptanceCounts) -> dict[str, Any]:

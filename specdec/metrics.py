@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 OUTPUT_BUCKET_TOKENS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # where along an output
 
+
 @dataclass(kw_only=True, slots=True)
 class AcceptanceCounts:
     """Counters of propose-and-verify rounds; ``a - b`` gives a window, ``a + b`` a union."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import FeatureBatch, list_heads, load_head
+from draft_training.recipe import Objective
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
@@ -31,7 +33,8 @@ def head(request, target):
     spec = load_head(request.param)
     torch.manual_seed(1)
     options = spec.options_cls()
-    head = spec.build(target, torch.arange(spec.draft_vocab_size(options, target.config.vocab_size)), options, K)
+    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
+    head = spec.build(target, torch.arange(size), options, K)
     with torch.no_grad():  # parts that start at zero are shaken, so that every path matters
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -77,7 +80,7 @@ def test_padding_changes_no_draft_no_loss_and_no_gradient(head, store):
     found = []
     for each in (batch, with_garbage(batch, pads)):
         head.zero_grad()
-        output = head.compute_loss(each, 0.8)
+        output = head.compute_loss(each, Objective(step_decay=0.8))
         output.loss.backward()
         found.append([output.loss.detach(), *(p.grad.clone() for p in head.parameters() if p.grad is not None)])
         drafts = head.draft_along(each)
@@ -110,8 +113,8 @@ def test_no_gradient_reaches_another_row_or_a_pad(head, store):
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_rows_positions(head, store):
-    together = head.compute_loss(store.batch([0, 1, 2]), 0.0)  # 0 ** 0 = 1: position 0 alone
-    alone = [head.compute_loss(store.batch([i]), 0.0) for i in range(3)]
+    together = head.compute_loss(store.batch([0, 1, 2]), Objective(step_decay=0.0))  # 0 ** 0 = 1: position 0 alone
+    alone = [head.compute_loss(store.batch([i]), Objective(step_decay=0.0)) for i in range(3)]
     assert together.num_targets == [sum(each) for each in zip(*(o.num_targets for o in alone), strict=True)]
     mean = sum(o.loss * o.num_targets[0] for o in alone) / together.num_targets[0]
     torch.testing.assert_close(together.loss, mean)

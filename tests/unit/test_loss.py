@@ -101,6 +101,7 @@ def preset_batch(logits) -> FeatureBatch:
         final_hidden_BTH=logits[None],
         loss_mask_BT=torch.ones(1, length, dtype=torch.bool),
         lengths_B=torch.tensor([length]),
+        begins_B=torch.zeros(1, dtype=torch.long),
         logsumexp_BT=logits.logsumexp(-1)[None],
         argmax_BT=logits.argmax(-1)[None],
     )

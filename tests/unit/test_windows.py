@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from draft_training import layers, selection
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import list_heads, load_head
+from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
 from draft_training.trainer import plan_batches
 from draft_training.windows import anchor_positions, coverage, draw, plan_windows, tiles, whole_row
@@ -47,7 +48,7 @@ def head(request, target):
     spec = load_head(request.param)
     torch.manual_seed(1)
     options = spec.options_cls()
-    size = spec.draft_vocab_size(options, target.config.vocab_size)
+    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
     head = spec.build(target, torch.arange(size), options, K)
     with torch.no_grad():  # parts that start at zero are shaken, so that every path matters
         for parameter in head.parameters():
@@ -128,13 +129,13 @@ def test_windows_draft_and_learn_what_the_whole_row_does(head, target):
     row = make_row(3, 90)
     store = FeatureStore(target, [row], head.aux_layer_ids, 2**30)
     whole = store.batch([0])
-    wanted = head.compute_loss(whole, 0.0)  # 0 ** 0 = 1: position 0 alone
+    wanted = head.compute_loss(whole, Objective(step_decay=0.0))  # 0 ** 0 = 1: position 0 alone
     windows = tiles(0, row, 17, K, phase=5)
     batches = [store.window_batch([window]) for window in windows]
     assert len(windows) > 4 and len({window.first for window in windows}) == len(windows)
     drafts = torch.cat([head.draft_along(batch) for batch in batches], dim=1)
     assert torch.equal(drafts, head.draft_along(whole))
-    outputs = [head.compute_loss(batch, 0.0) for batch in batches]
+    outputs = [head.compute_loss(batch, Objective(step_decay=0.0)) for batch in batches]
     assert [sum(each) for each in zip(*(o.num_targets for o in outputs), strict=True)] == wanted.num_targets
     assert [sum(each) for each in zip(*(o.num_correct for o in outputs), strict=True)] == wanted.num_correct
     mean = sum(o.loss * o.num_targets[0] for o in outputs) / wanted.num_targets[0]
@@ -175,7 +176,7 @@ def test_scores_in_chunks_give_the_same_loss_and_gradient(head, target, monkeypa
     for limit in (layers.MAX_SCORES, 1500):
         monkeypatch.setattr(layers, "MAX_SCORES", limit)
         head.zero_grad()
-        loss = head.compute_loss(store.batch([0, 1]), 0.8).loss
+        loss = head.compute_loss(store.batch([0, 1]), Objective(step_decay=0.8)).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in head.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[0], found[1])
@@ -199,7 +200,7 @@ def test_a_long_row_is_trained_on_and_measured_in_bounded_memory(head, target, m
     window = draw(plan_windows([row], TrainConfig(window_tokens=128), K), 0, 0)[0]
     with Largest() as largest:
         store = FeatureStore(target, [row], head.aux_layer_ids, 0)
-        head.compute_loss(store.window_batch([window]), 0.8).loss.backward()
+        head.compute_loss(store.window_batch([window]), Objective(step_decay=0.8)).loss.backward()
         total = held_out_acceptance(head, store, False, 1024).total
     assert total.num_drafts > LONG / (K + 1) - 2  # the whole row was walked
     assert LONG * 64 <= largest.numel < LONG * LONG / 4  # dense scores would take twice its square
