@@ -15,6 +15,7 @@ from draft_training.contamination import load_contamination
 from draft_training.drops import Drops
 from draft_training.endpoints import generate_over_http
 from draft_training.generate import generate_offline
+from draft_training.ray_engines import generate_with_ray
 from draft_training.row_store import held_out_groups, save_split, write_rows
 from draft_training.sources import Example, PromptGroups, describe_source, examples, filter_examples
 from draft_training.tokenizer import load_tokenizer
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "card.json"
 VAL_PROMPTS_NAME = "val_prompts.jsonl"
 SETTINGS_NAME = "settings.json"
-PLACE_ONLY = ("max_num_seqs", "endpoints", "files", "prompts")  # settings that don't decide what a row holds
+# Settings that don't decide what a row holds.
+PLACE_ONLY = ("max_num_seqs", "endpoints", "ray_engines", "files", "prompts")
 
 IdentifiedRow = tuple[str, TokenRow]  # the example's id, its row
 
@@ -48,6 +50,8 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
         raise ValueError("give trace files or a prompt file, not both: traces are read, prompts are answered")
     if traces.regenerate and not traces.files:
         raise ValueError("regenerating needs traces whose prompts it can take; prompts are answered without it")
+    if traces.endpoints and traces.ray_engines:
+        raise ValueError("give traces.endpoints or traces.ray_engines, not both: servers answer or a Ray cluster")
     target = resolve_target(config.target)
     settings = _settings(traces, target)
     _claim(out_dir, settings)
@@ -126,10 +130,10 @@ def _answered_rows(
         logger.info("resuming: %d of %d completions are there", len(requests) - len(missing), len(requests))
     if missing and traces.endpoints:
         generate_over_http(target, traces, missing, log)
+    elif missing and traces.ray_engines:
+        generate_with_ray(target, config.target.dtype, traces, missing, log)
     elif missing:
-        device = detect_device()
-        dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
-        generate_offline(target, dtype, device, traces, missing, log)
+        generate_offline(target, config.target.dtype, detect_device(), traces, missing, log)
     for prompt, identity in identities.items():
         item = log.finished[text_sha256(prompt)]
         yield identity, row_from_ids(tokenizer, prompt, item["prompt_ids"], item["completion_ids"])

@@ -12,6 +12,8 @@ tokens converts its *output* to int64 first: temperatures and top-p, being float
 rejection sampler then divides by uninitialised memory. Greedy decoding never comes there; at temperature > 0 nearly
 every draft is rejected, and what is sampled does not follow the target's distribution.
 
+**Top-p without sorting the vocabulary** (``serving/nucleus.py``), in servers and offline engines.
+
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
 """
@@ -26,6 +28,7 @@ import sys
 from typing import Any
 
 from serving.catch_up import with_catch_up
+from serving.nucleus import without_sort
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -54,6 +57,7 @@ def register() -> None:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
+        _patch_top_p()
 
 
 def answer(engine: Any, request: str) -> str:
@@ -70,6 +74,13 @@ def _patch_runner() -> None:
     if not hasattr(GPUModelRunner.propose_draft_token_ids, "__wrapped__"):  # else: loaded before
         GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
         MedusaProposer.propose = any_width(MedusaProposer.propose)
+
+
+def _patch_top_p() -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    if not hasattr(topk_topp_sampler.apply_top_k_top_p_pytorch, "__wrapped__"):  # else: loaded before
+        topk_topp_sampler.apply_top_k_top_p_pytorch = without_sort(topk_topp_sampler.apply_top_k_top_p_pytorch)
 
 
 def any_width(propose: Any) -> Any:

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from serving.nucleus import without_sort
 from serving.vllm_plugin import expand, register, unpinned
+from tests.unit.test_nucleus import by_sorting
 
 pytestmark = pytest.mark.vllm
 
@@ -50,3 +52,13 @@ def test_compiling_uses_any_core_and_the_pin_comes_back(monkeypatch):
     with pytest.raises(RuntimeError, match="compiler"):
         unpinned(compile_model)(SimpleNamespace())
     assert pinned == [{0}, {0, 1, 2}, {0}]
+
+
+def test_vllm_s_own_top_p_is_what_ours_is_tested_against():
+    sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler", reason="needs vLLM")
+    theirs = getattr(sampler.apply_top_k_top_p_pytorch, "__wrapped__", sampler.apply_top_k_top_p_pytorch)
+    logits = (torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * 6).round() / 2  # with ties
+    p = torch.linspace(0.3, 1, 64)
+    expected = theirs(logits.clone(), None, p, allow_cpu_sync=True)
+    assert torch.equal(by_sorting(logits.clone(), None, p), expected)
+    assert torch.equal(without_sort(theirs)(logits.clone(), None, p, allow_cpu_sync=True), expected)
