@@ -47,8 +47,6 @@ def nucleus_edge(logits: Any, p: Any) -> tuple[Any, Any]:
     mass above the token. vLLM divides by a float32 sum over the row that runs in at least four lanes, so its masses are
     off by at most a factor of 1 ± vocab / 4 ulps, halved by rounding to nearest.
     """
-    import torch
-
     top = logits.topk(NUM_CANDIDATES, dim=-1).values
     total = (logits - top[:, :1]).exp_().sum(-1, keepdim=True)
     probabilities = (top - top[:, :1]).exp_() / total
@@ -62,4 +60,4 @@ def nucleus_edge(logits: Any, p: Any) -> tuple[Any, Any]:
     next_lower = top.gather(1, (last + 1).clamp_(max=NUM_CANDIDATES - 1))
     certain = ((mass_up_to - cut).abs() > tolerance)[:, 1:].all(-1)
     settled = certain & (least_kept > next_lower).squeeze(1)  # at the last candidate the two are one
-    return least_kept.squeeze(1), settled & torch.isfinite(total).squeeze(1)
+    return least_kept.squeeze(1), settled

@@ -68,6 +68,11 @@ def peaked(probabilities: list[float]) -> torch.Tensor:
     return row.log().float().unsqueeze(0)
 
 
+def banned_but(num_tokens: int) -> torch.Tensor:
+    """A row in which only these many equal tokens may be sampled."""
+    return torch.full((1, VOCAB), -float("inf")).index_fill_(1, torch.arange(num_tokens), 1.0)
+
+
 def test_peaked_rows_are_not_sorted():
     logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 5
     assert kept_alike(logits, torch.full((64,), 0.9)) <= 3
@@ -80,7 +85,7 @@ def test_peaked_rows_are_not_sorted():
         (peaked([0.3, 0.3, 0.3]), 0.5),  # the cut falls between equals
         (peaked([0.4, 0.3]), 0.95),  # and between the many equals of the tail
         (torch.zeros(1, VOCAB), 0.95),
-        (torch.full((1, VOCAB), -float("inf")).index_fill_(1, torch.arange(2), 1.0), 0.9),  # all but two are banned
+        (banned_but(2), 0.4),
         (peaked([0.9]).index_fill_(1, torch.tensor([3]), float("nan")), 0.5),
     ],
 )
@@ -96,7 +101,8 @@ def test_a_row_that_the_candidates_do_not_settle_is_sorted(row: torch.Tensor, p:
     [
         (peaked([0.5, 0.25, 0.2]), 0.7, 2),
         (peaked([0.98]), 0.95, 1),
-        (torch.full((1, VOCAB), -float("inf")).index_fill_(1, torch.tensor([7]), 1.0), 0.9, 1),
+        (banned_but(1), 0.9, 1),
+        (banned_but(2), 0.9, 2),
         (peaked([0.95 / 200] * 200).add_(torch.linspace(0, 1e-3, VOCAB)), 0.9, None),  # a wide nucleus, nearly even
     ],
 )
