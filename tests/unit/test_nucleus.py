@@ -118,8 +118,8 @@ def test_the_rounding_of_a_long_sum_is_allowed_for():
     logits[0, :3] = torch.tensor([14.0, 13.5, 13.0])
     exact = logits.double().softmax(-1)[0, :2].cumsum(0)
     for mass in exact.tolist():
-        steps = torch.arange(-40, 40) * 2.0**-24
-        kept_alike(logits.expand(80, -1).clone(), (mass + steps).float())
+        steps = torch.arange(-10, 10) * 2.0**-22
+        kept_alike(logits.expand(20, -1).clone(), (mass + steps).float())
 
 
 def test_what_it_is_not_made_for_goes_to_vllm_whole():
