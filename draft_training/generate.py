@@ -19,10 +19,13 @@ def generate_offline(
     os.environ.update(vllm_environment(device, existing=os.environ))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # our stdout is data
+    from vllm import SamplingParams
+
     engine = _start_engine(target, dtype, device, traces, max(map(len, requests.values())))
     prompts = list(requests)
     for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), {"prompt_token_ids": requests[prompt]}, _sampling(target, traces, prompt))
+        sampling = SamplingParams(**sampling_settings(target, traces, prompt))
+        engine.add_request(str(index), {"prompt_token_ids": requests[prompt]}, sampling)
     with log.writing(len(requests)) as writer:
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -35,32 +38,36 @@ def generate_offline(
 def _start_engine(target: Target, dtype: str, device: Device, traces: TracesConfig, longest_prompt: int) -> Any:
     from vllm import EngineArgs, LLMEngine
 
+    settings = engine_settings(target, dtype, device, traces, longest_prompt)
+    return LLMEngine.from_engine_args(EngineArgs(model=str(target.path), **settings))
+
+
+def engine_settings(
+    target: Target, dtype: str, device: Device, traces: TracesConfig, longest_prompt: int
+) -> dict[str, Any]:
+    """vLLM's engine arguments, without the model; ``dtype`` may be auto."""
     max_model_len = min(target.max_position_embeddings, longest_prompt + traces.max_new_tokens)
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(target.path),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=traces.max_num_seqs,
-            # Whole prompts only: a seeded request whose prompt is prefilled in chunks kills vLLM 0.32's CPU engine.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(max_model_len, 2048),
-            # Batches of dozens are bound by matrix products, where compiling gains little and takes minutes.
-            enforce_eager=device.kind == "cpu",
-            disable_log_stats=True,
-            seed=traces.seed,
-        )
-    )
+    return {
+        "dtype": device.dtype if dtype == "auto" else dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": traces.max_num_seqs,
+        # Whole prompts only: a seeded request whose prompt is prefilled in chunks kills vLLM 0.32's CPU engine.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 2048),
+        # Batches of dozens are bound by matrix products, where compiling gains little and takes minutes.
+        "enforce_eager": device.kind == "cpu",
+        "disable_log_stats": True,
+        "seed": traces.seed,
+    }
 
 
-def _sampling(target: Target, traces: TracesConfig, prompt: str) -> Any:
-    from vllm import SamplingParams
-
+def sampling_settings(target: Target, traces: TracesConfig, prompt: str) -> dict[str, Any]:
+    """vLLM's sampling parameters of one prompt."""
     temperature, top_p = sampling_of(target, traces)
-    return SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=traces.max_new_tokens,
-        seed=int(text_sha256(str(traces.seed), prompt)[:8], 16) if temperature else None,  # the same after a resume
-        detokenize=False,
-    )
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": traces.max_new_tokens,
+        "seed": int(text_sha256(str(traces.seed), prompt)[:8], 16) if temperature else None,  # the same after a resume
+        "detokenize": False,
+    }

@@ -15,6 +15,7 @@ from draft_training.contamination import Contamination, load_contamination
 from draft_training.drops import Drops
 from draft_training.endpoints import generate_over_http
 from draft_training.generate import generate_offline
+from draft_training.ray_engines import generate_with_ray
 from draft_training.row_store import held_out_groups, save_split, write_rows
 from draft_training.served import check_served, served_rows
 from draft_training.sources import Example, PromptGroups, describe_source, examples, filter_examples
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "card.json"
 VAL_PROMPTS_NAME = "val_prompts.jsonl"
 SETTINGS_NAME = "settings.json"
-PLACE_ONLY = ("max_num_seqs", "endpoints", "files", "prompts", "served")  # settings that don't decide what a row holds
+# Settings that don't decide what a row holds.
+PLACE_ONLY = ("max_num_seqs", "endpoints", "ray_engines", "files", "prompts", "served")
 
 IdentifiedRow = tuple[str, TokenRow]  # the example's id, its row
 
@@ -52,6 +54,8 @@ def prepare(config: RunConfig, out_dir: Path) -> dict[str, Any]:
         )
     if traces.regenerate and not traces.files:
         raise ValueError("regenerating needs traces whose prompts it can take; prompts are answered without it")
+    if traces.endpoints and traces.ray_engines:
+        raise ValueError("give traces.endpoints or traces.ray_engines, not both: servers answer or a Ray cluster")
     target = resolve_target(config.target)
     if traces.served:
         check_served(Path(traces.served), target)
@@ -147,10 +151,10 @@ def _answered_rows(
         logger.info("resuming: %d of %d completions are there", len(requests) - len(missing), len(requests))
     if missing and traces.endpoints:
         generate_over_http(target, traces, missing, log)
+    elif missing and traces.ray_engines:
+        generate_with_ray(target, config.target.dtype, traces, missing, log)
     elif missing:
-        device = detect_device()
-        dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
-        generate_offline(target, dtype, device, traces, missing, log)
+        generate_offline(target, config.target.dtype, detect_device(), traces, missing, log)
     for prompt, identity in identities.items():
         item = log.finished[text_sha256(prompt)]
         yield identity, row_from_ids(tokenizer, prompt, item["prompt_ids"], item["completion_ids"])

@@ -18,6 +18,8 @@ every draft is rejected, and what is sampled does not follow the target's distri
 **Seeds.** After each part of a prompt that is prefilled in chunks, vLLM 0.32 rewinds the request's generator. A CPU
 generator has no offset: the exception ends the engine.
 
+**Top-p without sorting the vocabulary** (``serving/nucleus.py``), in servers and offline engines.
+
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
 """
@@ -32,6 +34,7 @@ import sys
 from typing import Any
 
 from serving.catch_up import with_catch_up
+from serving.nucleus import without_sort
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -61,6 +64,7 @@ def register() -> None:
 
         CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
         CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
+        _patch_top_p()
 
 
 def answer(engine: Any, request: str) -> str:
@@ -79,6 +83,13 @@ def _patch_runner() -> None:
         GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
         MedusaProposer.propose = any_width(MedusaProposer.propose)
         Medusa.load_weights = with_token_map(Medusa.load_weights)
+
+
+def _patch_top_p() -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    if not hasattr(topk_topp_sampler.apply_top_k_top_p_pytorch, "__wrapped__"):  # else: loaded before
+        topk_topp_sampler.apply_top_k_top_p_pytorch = without_sort(topk_topp_sampler.apply_top_k_top_p_pytorch)
 
 
 def any_width(propose: Any) -> Any:

@@ -35,6 +35,7 @@ class TracesConfig:
     served: str | None = None  # the folder that a server of the target has filled (serve.keep_traffic)
     regenerate: bool = False  # take the prompts of the traces alone and let the target answer them
     endpoints: list[str] = field(default_factory=list)  # running vLLM servers of the target that share the prompts
+    ray_engines: int = 0  # engines of a Ray cluster (RAY_ADDRESS, else this machine) that share them; 0: without Ray
     generations_per_prompt: int = 1  # of rows that hold several, those marked correct
     max_rows: int | None = None  # stop after so many usable rows
     decontaminate: list[str] = field(default_factory=list)  # suites or files whose problems must not occur
@@ -46,7 +47,7 @@ class TracesConfig:
     seed: int = 0
     val_fraction: float = 0.06
     max_length: int = 4096  # longer rows are refused, never cut
-    max_num_seqs: int = 64  # answered at once, by each endpoint
+    max_num_seqs: int = 64  # answered at once, by each endpoint or engine
 
 
 @dataclass(kw_only=True, slots=True)

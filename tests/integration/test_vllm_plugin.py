@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from serving.nucleus import without_sort
 from serving.vllm_plugin import any_width, expand, register, unpinned, with_restarted_generators, with_token_map
+from tests.unit.test_nucleus import by_sorting
 
 pytestmark = pytest.mark.vllm
 
@@ -119,3 +121,13 @@ def test_a_seeded_prompt_in_chunks_starts_its_generator_over_and_the_engine_live
     assert set(generators) == {0, 1, 2}
     assert torch.equal(generators[1].get_state(), advanced[1]) and torch.equal(generators[2].get_state(), advanced[2])
     assert torch.equal(torch.rand(1, generator=generators[0]), wanted)
+
+
+def test_vllm_s_own_top_p_is_what_ours_is_tested_against():
+    sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler", reason="needs vLLM")
+    theirs = getattr(sampler.apply_top_k_top_p_pytorch, "__wrapped__", sampler.apply_top_k_top_p_pytorch)
+    logits = (torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * 6).round() / 2  # with ties
+    p = torch.linspace(0.3, 1, 64)
+    expected = theirs(logits.clone(), None, p, allow_cpu_sync=True)
+    assert torch.equal(by_sorting(logits.clone(), None, p), expected)
+    assert torch.equal(without_sort(theirs)(logits.clone(), None, p, allow_cpu_sync=True), expected)
