@@ -1,0 +1,60 @@
+"""``python experiments/vs_speculators/verdict.py WORK``: what each side's head accepts, and what training it took."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.vs_speculators.sides import NAMES
+from specdec.metrics import bootstrap_ci95
+from specdec.record import write_json_atomic
+
+OUT = Path(__file__).with_name("result.json")
+
+
+def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_versions: list[str]) -> dict[str, Any]:
+    """One entry an arm, of the greedy cell; ``trained`` is what ``train.py`` wrote of each."""
+    [cell] = result["cells"]
+    arms = []
+    for name in NAMES:
+        acceptance = cell["arms"][name]["acceptance"]
+        compared = cell["comparisons"].get(name, {})
+        arms.append(
+            {
+                "name": name,
+                "acceptance_length": acceptance["acceptance_length"],
+                "ci95": acceptance_ci95([row for row in result["requests"] if row["arm"] == name]),
+                "per_position_rates": acceptance["per_position_rates"],
+                "acceptance_ratio_mean": compared.get("acceptance_ratio_mean"),
+                "acceptance_ratio_ci95": compared.get("acceptance_ratio_ci95"),
+                **{key: value for key, value in trained[name].items() if key != "name"},
+            }
+        )
+    return {
+        "arms": arms,
+        "num_prompts": len({row["item_id"] for row in result["requests"]}),
+        "greedy_identity_rate": {row["arm"]: row["greedy_identity_rate"] for row in result["losslessness"]["greedy"]},
+        "notes": result["notes"],
+        "rival_environment": rival_versions,
+        "provenance": result["provenance"],
+    }
+
+
+def acceptance_ci95(requests: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Of the acceptance length; a prompt is drawn with all its drafts."""
+    pairs = [(row["num_drafts"], row["num_accepted_tokens"]) for row in requests if row["num_drafts"]]
+    return bootstrap_ci95(pairs, statistic=lambda drawn: 1 + sum(a for _, a in drawn) / sum(d for d, _ in drawn))
+
+
+if __name__ == "__main__":
+    work = Path(sys.argv[1])
+    found = verdict(
+        json.loads((work / "eval" / "result.json").read_text()),
+        {name: json.loads((work / name / "arm.json").read_text()) for name in NAMES},
+        [line for line in (Path(__file__).parent / "requirements.txt").read_text().split("\n") if "==" in line],
+    )
+    write_json_atomic(OUT, found)
+    shown = ("name", "acceptance_length", "ci95", "train_tok_per_sec", "peak_memory_bytes", "train_sec")
+    print(json.dumps([{key: arm[key] for key in shown} for arm in found["arms"]]))
