@@ -16,7 +16,6 @@ from draft_training.heads.eagle3.config import Eagle3Options
 from draft_training.prepare import CARD_NAME
 from experiments.vs_speculators.turns import Side
 from specdec.config import RunConfig
-from specdec.device import detect_device
 from specdec.targets import resolve_target
 
 HERE = Path(__file__).parent
@@ -76,10 +75,10 @@ def _rival(folder: Path, rows: Path, data: Path, num_epochs: int, recipe: list[s
         "--total-seq-len": str(max(BATCH_TOKENS, splits["train"]["length_max"])),
         "--train-data-ratio": str((num_train + 0.5) / (num_train + num_held_out)),  # it rounds down
         "--epochs": str(num_epochs),
-        # What it needs on a CPU: its own defaults have no kernels there. Features in the target's dtype, as ours.
+        # What it needs on a CPU, where its own defaults have no kernels. It computes in bf16, as specdec does where the
+        # CPU can.
         "--draft-attn-impl": "sdpa",
         "--loss-implementation": "eager",
-        "--hidden-states-dtype": detect_device().dtype,
         "--num-workers": "0",
         "--on-missing": "raise",
     }
