@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from safetensors.torch import save_file
 
 from draft_training.features import TargetModel, length_groups
@@ -33,6 +33,7 @@ PILOT_ROWS = 48
 
 def write_dataset(rows: list[TokenRow], out: Path) -> None:
     """Ids and masks; the layout is that of its ``prepare-data``."""
+    disable_progress_bars()
     columns = {
         "input_ids": [row.input_ids for row in rows],
         "loss_mask": [row.loss_mask for row in rows],

@@ -28,6 +28,7 @@ from specdec.record import provenance, write_json_atomic
 from specdec.targets import resolve_target
 
 PILOT_SEC = 20.0  # of training steps, to learn how many epochs fit
+WARM_UP_STEPS = 2  # of a process: they set up its memory
 TURN_SEC = 20.0
 PILOT_EPOCHS = 1000  # never reached
 
@@ -47,14 +48,18 @@ def fitting_epochs(rows: Path, data: Path, minutes: float, work: Path) -> dict[s
             name: side(name, work / "pilot" / name, data / "pilot" if name == OWN else rows, data, PILOT_EPOCHS)
             for name in NAMES
         }
-        take_turns(list(pilot.values()), PILOT_SEC / 2, PILOT_SEC, stop_there=True, label="how fast each trains")
-        # A process's first steps set up its memory.
-        speeds = {name: _tok_per_sec(each.steps()[2:]) for name, each in pilot.items()}
+        shutil.rmtree(work / "pilot", ignore_errors=True)
+        take_turns(list(pilot.values()), PILOT_SEC / 2, PILOT_SEC, "how fast each trains", enough=_is_timed)
+        speeds = {name: _tok_per_sec(each.steps()[WARM_UP_STEPS:]) for name, each in pilot.items()}
         write_json_atomic(path, speeds)
         shutil.rmtree(work / "pilot")
     num_tokens = rows_card(rows)["splits"]["train"]["tokens"]
     speeds = json.loads(path.read_text())
     return {name: max(1, round(minutes * 60 * speeds[name] / num_tokens)) for name in NAMES}
+
+
+def _is_timed(each: Side) -> bool:
+    return each.trained_sec >= PILOT_SEC and len(each.steps()) >= WARM_UP_STEPS + 5
 
 
 def _tok_per_sec(steps: list[tuple[float, int]]) -> float:
@@ -67,7 +72,7 @@ def train_sides(rows: Path, data: Path, minutes: float, work: Path, epochs: dict
     for name in missing:
         shutil.rmtree(work / name, ignore_errors=True)
     sides = [side(name, work / name, rows, data, epochs[name]) for name in missing]
-    take_turns(sides, TURN_SEC, minutes * 60, stop_there=False, label=f"training {len(sides)} sides in turn")
+    take_turns(sides, TURN_SEC, minutes * 60, f"training {len(sides)} sides in turn")
     for each in sides:
         facts = export_rival(each, epochs[each.name]) if each.name != OWN else own_facts(each.folder / "head")
         write_json_atomic(each.folder / "arm.json", {**measured(each), "epochs": epochs[each.name], **facts})

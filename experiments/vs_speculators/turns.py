@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,8 +132,10 @@ def overlap_sec(step: Step, ran: list[tuple[float, float]]) -> float:
     return sum(max(0.0, min(step.end, end) - max(step.begin, begin)) for begin, end in ran)
 
 
-def take_turns(sides: list[Side], turn_sec: float, planned_sec: float, stop_there: bool, label: str) -> None:
-    """Run all sides in turn to their ends, or with ``stop_there`` until each has trained for ``planned_sec``.
+def take_turns(
+    sides: list[Side], turn_sec: float, planned_sec: float, label: str, enough: Callable[[Side], bool] | None = None
+) -> None:
+    """Run all sides in turn, each to its end or until it is ``enough``; ``planned_sec`` of training are foreseen.
 
     Raises:
         ValueError: a side failed; says where its log is and how it ends.
@@ -149,7 +151,7 @@ def take_turns(sides: list[Side], turn_sec: float, planned_sec: float, stop_ther
             for side in waiting:
                 side.run_for(turn_sec)
                 _pause(side)
-                if stop_there and side.trained_sec >= planned_sec:
+                if enough and enough(side):
                     side.end()
                 trained = round(sum(min(planned_sec, each.trained_sec) for each in sides))
                 advance(trained - shown, f"seconds of training, now {side.name}")

@@ -36,7 +36,7 @@ def test_only_time_that_a_process_ran_counts():
 
 def test_sides_alternate_and_each_is_charged_for_itself(tmp_path: Path):
     sides = [side(tmp_path, "small", "8", "1"), side(tmp_path, "large", "8", "200")]
-    take_turns(sides, turn_sec=0.15, planned_sec=0.4, stop_there=False, label="test")
+    take_turns(sides, turn_sec=0.15, planned_sec=0.4, label="test")
     small, large = sides
     assert small.exit_code == large.exit_code == 0
     assert [len(each.steps()) for each in sides] == [8, 8]
@@ -50,11 +50,11 @@ def test_sides_alternate_and_each_is_charged_for_itself(tmp_path: Path):
 
 def test_a_short_run_ends_every_side(tmp_path: Path):
     endless = [side(tmp_path, name, "100000", "1") for name in "ab"]
-    take_turns(endless, turn_sec=0.1, planned_sec=0.2, stop_there=True, label="test")
+    take_turns(endless, turn_sec=0.1, planned_sec=0.2, label="test", enough=lambda each: each.trained_sec >= 0.2)
     assert all(not each.is_alive and each.trained_sec >= 0.2 for each in endless)
 
 
 def test_a_side_that_fails_is_named_with_its_log(tmp_path: Path):
     broken = side(tmp_path, "broken", "no number", "1")
     with pytest.raises(ValueError, match=r"broken failed.*(?s:.)*invalid literal"):
-        take_turns([side(tmp_path, "whole", "100000", "1"), broken], 0.1, 0.2, stop_there=False, label="test")
+        take_turns([side(tmp_path, "whole", "100000", "1"), broken], turn_sec=0.1, planned_sec=0.2, label="test")
