@@ -120,12 +120,17 @@ def export_rival(each: Side, num_epochs: int) -> dict[str, Any]:
     )
     manifest.save(head)
     history = [
-        {"epoch": epoch + 1, **json.loads(path.read_text())}
+        {"epoch": epoch + 1, **_validation(json.loads(path.read_text()))}
         for epoch in range(num_epochs)
-        if (path := checkpoints / str(epoch) / "val_metrics.json").is_file()
+        if (path := checkpoints / str(epoch) / "val_metrics.json").is_file()  # written where the loss fell
     ]
     shutil.rmtree(checkpoints)
     return {"best_epoch": int(best.name) + 1, "history": history}
+
+
+def _validation(metrics: dict[str, float]) -> dict[str, Any]:
+    rates = [metrics[f"full_acc_{i}_epoch"] for i in range(NUM_SPECULATIVE_TOKENS)]
+    return {"loss": metrics["loss_epoch"], "per_position_rates": rates}
 
 
 def main() -> None:
@@ -145,3 +150,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

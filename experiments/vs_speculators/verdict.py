@@ -12,6 +12,13 @@ from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
 
 OUT = Path(__file__).with_name("result.json")
+NOTES = [
+    "train_sec and train_tok_per_sec are of training steps; process_sec also holds start, validation and checkpoints, "
+    "and for specdec the target's features, which the rival is given ready made",
+    "specdec keeps the weights of the highest acceptance on the held-out rows, the rival those of its lowest "
+    "validation loss on the same rows",
+    "acceptance_ratio is the arm's acceptance length over specdec's, by prompt",
+]
 
 
 def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_versions: list[str]) -> dict[str, Any]:
@@ -36,7 +43,7 @@ def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_ve
         "arms": arms,
         "num_prompts": len({row["item_id"] for row in result["requests"]}),
         "greedy_identity_rate": {row["arm"]: row["greedy_identity_rate"] for row in result["losslessness"]["greedy"]},
-        "notes": result["notes"],
+        "notes": [*NOTES, *result["notes"]],
         "rival_environment": rival_versions,
         "provenance": result["provenance"],
     }
