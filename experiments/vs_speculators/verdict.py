@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments.vs_speculators.sides import NAMES
+from specdec.doctor.files import HeadFiles
 from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
 
@@ -21,9 +23,25 @@ NOTES = [
 ]
 
 
-def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_versions: list[str]) -> dict[str, Any]:
-    """One entry an arm, of the greedy cell; ``trained`` is what ``train.py`` wrote of each."""
+LAID_BESIDE = ("embed_tokens.weight", "d2t", "t2d")  # the target's embeddings and the token map: not the head's own
+BUDGET_SPREAD = 1.1  # longest over shortest training, beyond which the budgets were not the same
+
+
+def verdict(
+    result: dict[str, Any],
+    trained: dict[str, dict[str, Any]],
+    heads: dict[str, HeadFiles],
+    rival_environment: list[str],
+) -> dict[str, Any]:
+    """One entry an arm, of the greedy cell; ``trained`` is what ``train.py`` wrote of each.
+
+    Raises:
+        ValueError: the heads are not of one size and draft vocabulary.
+    """
     [cell] = result["cells"]
+    sizes = {name: num_parameters(head) for name, head in heads.items()}
+    if len(set(sizes.values())) > 1 or len({tuple(head.integers("d2t") or ()) for head in heads.values()}) > 1:
+        raise ValueError(f"the heads are not alike in size ({sizes}) or draft vocabulary: no fair comparison")
     arms = []
     for name in NAMES:
         acceptance = cell["arms"][name]["acceptance"]
@@ -36,6 +54,7 @@ def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_ve
                 "per_position_rates": acceptance["per_position_rates"],
                 "acceptance_ratio_mean": compared.get("acceptance_ratio_mean"),
                 "acceptance_ratio_ci95": compared.get("acceptance_ratio_ci95"),
+                "num_parameters": sizes[name],
                 **{key: value for key, value in trained[name].items() if key != "name"},
             }
         )
@@ -43,10 +62,26 @@ def verdict(result: dict[str, Any], trained: dict[str, dict[str, Any]], rival_ve
         "arms": arms,
         "num_prompts": len({row["item_id"] for row in result["requests"]}),
         "greedy_identity_rate": {row["arm"]: row["greedy_identity_rate"] for row in result["losslessness"]["greedy"]},
-        "notes": [*NOTES, *result["notes"]],
-        "rival_environment": rival_versions,
+        "notes": [*NOTES, *budget_notes(arms), *result["notes"]],
+        "rival_environment": rival_environment,
         "provenance": result["provenance"],
     }
+
+
+def num_parameters(head: HeadFiles) -> int:
+    """Of the head itself."""
+    return sum(math.prod(entry.shape) for name, entry in head.tensors.items() if name not in LAID_BESIDE)
+
+
+def budget_notes(arms: list[dict[str, Any]]) -> list[str]:
+    """Says so when the sides did not train equally long, because the machine was not as it was in the short run."""
+    seconds = {arm["name"]: arm["train_sec"] for arm in arms}
+    if max(seconds.values()) <= BUDGET_SPREAD * min(seconds.values()):
+        return []
+    told = ", ".join(f"{name} {sec:.0f} s" for name, sec in seconds.items())
+    return [
+        f"the sides did not train equally long ({told}): the machine was not quiet, or an epoch is a large part of the budget"
+    ]
 
 
 def acceptance_ci95(requests: list[dict[str, Any]]) -> tuple[float, float] | None:
@@ -60,6 +95,7 @@ if __name__ == "__main__":
     found = verdict(
         json.loads((work / "eval" / "result.json").read_text()),
         {name: json.loads((work / name / "arm.json").read_text()) for name in NAMES},
+        {name: HeadFiles.read(work / name / "head") for name in NAMES},
         [line for line in (Path(__file__).parent / "requirements.txt").read_text().split("\n") if "==" in line],
     )
     write_json_atomic(OUT, found)
