@@ -79,9 +79,7 @@ def budget_notes(arms: list[dict[str, Any]]) -> list[str]:
     if max(seconds.values()) <= BUDGET_SPREAD * min(seconds.values()):
         return []
     told = ", ".join(f"{name} {sec:.0f} s" for name, sec in seconds.items())
-    return [
-        f"the sides did not train equally long ({told}): the machine was not quiet, or an epoch is a large part of the budget"
-    ]
+    return [f"the sides trained unequally long ({told}): the machine was not quiet, or an epoch is much of the budget"]
 
 
 def acceptance_ci95(requests: list[dict[str, Any]]) -> tuple[float, float] | None:
