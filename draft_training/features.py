@@ -7,6 +7,7 @@ the bound are computed again whenever they are drawn. Nothing else about trainin
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +116,9 @@ class FeatureStore:
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._kept: dict[int, RowFeatures] = {}
 
-    def fill(self, batch_tokens: int, description: str) -> None:
-        """Compute what fits the bound, longest rows together, with a progress bar."""
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].input_ids))
+    def fill(self, batch_tokens: int, description: str, indices: Iterable[int] | None = None) -> None:
+        """Compute what fits the bound of these rows (None: of all), longest together, with a progress bar."""
+        order = sorted(range(len(self.rows)) if indices is None else indices, key=lambda i: len(self.rows[i].input_ids))
         with progress_bar(description, len(order)) as advance:
             for group in length_groups(order, self.rows, batch_tokens):
                 if self.num_bytes >= self.max_bytes:

@@ -28,6 +28,18 @@ class HeldOutAcceptance:
     by_span: dict[str, AcceptanceCounts] = field(default_factory=dict)
     accepted_by_conversation: dict[str, list[int]] = field(default_factory=dict)
 
+    @classmethod
+    def merged(cls, parts: list[HeldOutAcceptance]) -> HeldOutAcceptance:
+        """Of disjoint sets of rows, as one."""
+        result = cls()
+        for part in parts:
+            result.total += part.total
+            for name, counts in part.by_span.items():
+                result.by_span[name] = result.by_span.get(name, AcceptanceCounts()) + counts
+            for name, accepted in part.accepted_by_conversation.items():
+                result.accepted_by_conversation.setdefault(name, []).extend(accepted)
+        return result
+
 
 def accepted_prefix(drafts_BQK: Tensor, batch: FeatureBatch, on_policy: bool) -> Tensor:
     """[B, Q] number of draft tokens of each anchor that the server would accept, were it to draft there."""

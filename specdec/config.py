@@ -62,7 +62,10 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = 6
-    batch_tokens: int = 1024
+    batch_tokens: int = 1024  # padded, of one optimizer step, over all processes
+    accumulation_steps: int = 1  # parts that each process makes of its share, one after another: less memory
+    checkpoint_activations: bool = False  # attention and MLPs are computed again in the backward pass: less memory
+    parallel: str = "ddp"  # of several processes: ddp | fsdp (weights and optimizer state sharded)
     learning_rate: float = 1e-3
     lm_head_lr_scale: float = 1.0
     weight_decay: float = 0.01
@@ -71,8 +74,9 @@ class TrainConfig:
     step_decay: float = 0.8  # loss weight of draft position i is step_decay ** i
     num_evals: int = 4
     checkpoint_every_sec: float = 60.0
-    feature_cache_gib: float = 4.0
+    feature_cache_gib: float = 4.0  # of each process
     precision: str = "auto"  # auto | bf16 | fp32
+    tensorboard: bool = False  # write what train_log.jsonl holds as TensorBoard events too
     seed: int = 0
 
 
