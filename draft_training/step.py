@@ -36,11 +36,11 @@ class GradientMaker:
     step_decay: float
     accumulation_steps: int
 
-    def run(self, rows: list[int], wishes: list[bool]) -> StepFigures:
+    def run(self, rows: list[int], wishes: Callable[[], list[bool]]) -> StepFigures:
         """Leave the gradient of these rows' loss in the head's parameters. Collective.
 
         The features of this process's share are held at once: what the loss divides by is counted over the whole
-        step before its first part is computed.
+        step before its first part is computed. ``wishes`` is asked at the end.
         """
         shares = self.processes.parts_of_share(rows, self.accumulation_steps)
         parts = [self._features(share, rows) for share in shares]
@@ -55,7 +55,7 @@ class GradientMaker:
             loss += float(part_loss.detach())
             num_correct = [a + b for a, b in zip(num_correct, part_correct, strict=True)]
         num_tokens = sum(len(self.store.rows[row].input_ids) for share in shares for row in share)
-        mine = torch.tensor([loss, num_tokens, *num_correct, *wishes], dtype=torch.float64, device=counts_2K.device)
+        mine = torch.tensor([loss, num_tokens, *num_correct, *wishes()], dtype=torch.float64, device=counts_2K.device)
         loss, total_tokens, *counts = self.processes.sum(mine).tolist()
         num_targets = counts_2K[0].tolist()
         return StepFigures(
