@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -106,7 +107,9 @@ class Processes:
         if self.count == 1:
             return module
         if not self.is_sharded:
-            return self._accelerator.prepare_model(module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.9 has no other
+                return self._accelerator.prepare_model(module)
         for parameter in module.parameters():
             torch.distributed.broadcast(parameter.detach(), 0)
         # One unit: heads call parts of their layers, which the hooks of smaller units would not see.

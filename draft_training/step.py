@@ -38,11 +38,11 @@ class GradientMaker:
     objective: Objective
     accumulation_steps: int
 
-    def run(self, windows: list[Window], wishes: list[bool]) -> StepFigures:
+    def run(self, windows: list[Window], wishes: Callable[[], list[bool]]) -> StepFigures:
         """Leave the gradient of these windows' loss in the head's parameters. Collective.
 
         The features of this process's share are held at once: what the loss divides by is counted over the whole
-        step before its first part is computed.
+        step before its first part is computed. ``wishes`` is asked at the end.
         """
         shares = self.processes.parts_of_share(windows, self.accumulation_steps)
         parts = [self._features(share, windows) for share in shares]
@@ -57,7 +57,7 @@ class GradientMaker:
             loss += float(part_loss.detach())
             num_correct = [a + b for a, b in zip(num_correct, part_correct, strict=True)]
         num_tokens = sum(window.num_tokens for share in shares for window in share)
-        mine = torch.tensor([loss, num_tokens, *num_correct, *wishes], dtype=torch.float64, device=counts_2K.device)
+        mine = torch.tensor([loss, num_tokens, *num_correct, *wishes()], dtype=torch.float64, device=counts_2K.device)
         loss, total_tokens, *counts = self.processes.sum(mine).tolist()
         num_targets = counts_2K[0].tolist()
         return StepFigures(

@@ -192,7 +192,7 @@ class Trainer:
         factor = learning_rate_factor(self.state.step, len(self.batches), self.config.warmup_fraction)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        figures = self.gradients.run(windows, wishes=[self._stop, self._save_is_due()])
+        figures = self.gradients.run(windows, wishes=lambda: [self._stop, self._save_is_due()])
         norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
         self._check_finite(figures.loss, float(whole(norm)), windows)
         self.optimizer.step()

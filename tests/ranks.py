@@ -53,6 +53,7 @@ def child(job: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["num_processes"]),
         "LOCAL_WORLD_SIZE": str(job["num_processes"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
