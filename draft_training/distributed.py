@@ -6,7 +6,6 @@ by all processes, in the same order.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_map
 from draft_training.heads import FeatureBatch
 from draft_training.recipe import Objective
 from draft_training.windows import Window
-from specdec.device import Device
+from specdec.device import Device, shards_weights
 
 Item = TypeVar("Item")
 
@@ -44,7 +43,7 @@ def share_out(rows: list[int], num_processes: int) -> list[list[int]]:
     stay at their home as far as that allows."""
     room = -(-len(rows) // num_processes)
     shares: list[list[int]] = [[] for _ in range(num_processes)]
-    away = []
+    away: list[int] = []
     for row in rows:
         home = shares[home_of(row, num_processes)]
         (home if len(home) < room else away).append(row)
@@ -93,8 +92,8 @@ class Processes:
             raise ValueError(f"heads train with DDP or FSDP, not with {self._accelerator.distributed_type.value}")
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
-        asked_by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self.is_sharded = self.count > 1 and (parallel == "fsdp" or asked_by_launcher)
+        self._sharded = shards_weights(parallel)
+        self.wait()  # or a first process that fails at once leaves the others in the midst of this
 
     @property
     def is_first(self) -> bool:
@@ -106,7 +105,7 @@ class Processes:
         module = LossModule(head)
         if self.count == 1:
             return module
-        if not self.is_sharded:
+        if not self._sharded:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.9 has no other
                 return self._accelerator.prepare_model(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdec.config import TrainConfig
+from specdec.device import shards_weights
 
 LOSSES = ("cross_entropy", "lk_hybrid", "lk_log")
 KNOWN = {
@@ -51,6 +52,11 @@ def check_recipe(config: TrainConfig) -> None:
         raise ValueError(f"train.survival_floor must be from 0 to 1, got {config.survival_floor}")
     if not 0 <= config.ema < 1:
         raise ValueError(f"train.ema must be at least 0 (no average) and below 1, got {config.ema}")
+    if config.optimizer == "muon" and shards_weights(config.parallel):
+        raise ValueError(
+            "train.optimizer=muon needs whole matrices, and FSDP leaves each process a part of them: set "
+            "train.parallel=ddp (and launch without FSDP), or train.optimizer=adamw"
+        )
     if config.accumulation_steps < 1:
         raise ValueError(f"train.accumulation_steps must be 1 or more, got {config.accumulation_steps}")
     for name in ("lk_eta", "lm_head_lr_scale"):

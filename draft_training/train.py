@@ -63,11 +63,6 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
     from draft_training.distributed import Processes  # torch: behind everything that fails fast
 
     processes = Processes(config.train.parallel, detect_device())  # the others wait in it for the first one's rows
-    if processes.is_sharded and config.train.optimizer == "muon":
-        raise ValueError(
-            "train.optimizer=muon needs whole matrices, and train.parallel=fsdp leaves each process a part of them: "
-            "set train.parallel=ddp (and launch without FSDP), or train.optimizer=adamw"
-        )
     card = json.loads((rows_dir / CARD_NAME).read_text())
     if card["settings"]["target"] != dataclasses.asdict(target.fingerprint()):
         raise ValueError(f"{rows_dir} holds rows of another target; make rows for {target.name} with `specdec prepare`")

@@ -51,6 +51,12 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def shards_weights(parallel: str) -> bool:
+    """Whether each process keeps a part of the weights: by ``train.parallel``, or as accelerate's launcher asks."""
+    asked_by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return num_processes() > 1 and (parallel == "fsdp" or asked_by_launcher)
+
+
 def cpu_flags() -> set[str]:
     """Instruction-set flags as Linux names them; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -98,6 +98,7 @@ def ended(root) -> dict[str, list[dict]]:
         job("continued", "sharded", *sharded),
         job("full", "full", *EVERY_STEP, at=(0, 3, "disk full")),
         job("warm", "warm", *warm),
+        job("other", "two", "train.epochs=4"),
         job("refused", "refused", "train.parallel=fsdp", "train.optimizer=muon"),
     ]
     command = [sys.executable, "tests/ranks.py", json.dumps(jobs)]
@@ -175,6 +176,12 @@ def test_a_recipe_a_head_to_start_from_and_features_on_disk_are_shared(root, end
     assert two.provenance["num_processes"] == 2 and two.provenance["coverage"]["num_windowed_rows"] > 0
     assert two.provenance["history"][0]["step"] == 0  # the head to start from was measured
     assert weights_of(root, "warm")["lm_head.weight"].equal(weights_of(root, "alone")["lm_head.weight"])
+
+
+def test_another_run_s_head_is_kept_and_every_process_says_so_in_a_line(ended):
+    for end in ended["other"]:
+        assert end["code"] == 2 and "Traceback" not in end["stderr"]
+        assert "train.epochs: 3 there, 4 here" in end["stderr"].splitlines()[-1]
 
 
 def test_muon_is_refused_where_matrices_are_in_shards(ended):
