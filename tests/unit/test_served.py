@@ -186,7 +186,7 @@ def test_a_head_goes_on_learning_with_its_own_vocabulary_and_is_never_exported_w
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("first", "same"))
     assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
     assert (same.head, same.draft_vocab_size) == (name, first.draft_vocab_size)
-    spoiling = config_for(target, served, f"train.init_head={tmp_path / 'first'}", "train.learning_rate=5.0")
+    spoiling = config_for(target, served, f"train.init_head={tmp_path / 'first'}", "train.learning_rate=0.5")
     spoilt = train(spoiling, tmp_path / "first" / "rows", tmp_path / "spoilt")
     assert spoilt.acceptance["acceptance_length"] >= first.acceptance["acceptance_length"]
 
