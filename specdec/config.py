@@ -46,7 +46,7 @@ class TracesConfig:
     top_p: float | None = None
     seed: int = 0
     val_fraction: float = 0.06
-    max_length: int = 4096  # longer rows are refused, never cut
+    max_length: int | None = None  # longer rows are dropped and counted, never cut; None: the target's context
     max_num_seqs: int = 64  # answered at once, by each endpoint or engine
 
 
