@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from specdec.targets import resolve_target
 
 OUT = Path(__file__).with_name("result.json")
 WORK = Path("runs/crosscheck")
+ROUNDS = WORK / "rounds.json"
 NUM_TOKENS = 64
 # `vllm bench serve` without vLLM's command line, which does not know the CPU build's package name.
 VLLM_BENCH = """
@@ -49,6 +51,7 @@ def run(command: list[str]) -> None:
 def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
     """An A/A run: both arms are the server, so its figures pool two passes."""
     out = WORK / f"specdec-{label}"
+    shutil.rmtree(out, ignore_errors=True)  # a pass that was broken off is made again
     settings = (
         f"eval.max_new_tokens={NUM_TOKENS}", "eval.repeats=1", "eval.sampled=false", "eval.num_prompts=1000",
         "eval.distribution_samples=0",
@@ -138,7 +141,7 @@ def main() -> None:
         "serve.policy": f"fixed:{HeadManifest.load(Path(options.head)).num_speculative_tokens}",
     }
     spec = ArmSpec(name="served", options={**served, "vllm.no-enable-prefix-caching": "true"})
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds = finished_rounds(vars(options))
     with open_arms([spec], config, WORK) as arms, progress_bar("crosscheck", options.rounds) as advance:
         url = arms["served"].url
         clients = {
@@ -147,13 +150,21 @@ def main() -> None:
             "guidellm": partial(by_guidellm, options.guidellm, url),
         }
         by_specdec(url, prompts, options.target, "warm-up")
-        for number in range(options.rounds):
+        advance(len(rounds))
+        for number in range(len(rounds), options.rounds):
             order = list(clients)[number % 3 :] + list(clients)[: number % 3]
             rounds.append({name: clients[name](prompts, options.target, str(number)) for name in order})
+            write_json_atomic(ROUNDS, {"options": vars(options), "rounds": rounds})
             advance(1, json.dumps(ratios_of(rounds)))
     found = {"ratios": ratios_of(rounds), "acceptance": acceptance_of(rounds), "rounds": rounds}
     write_json_atomic(OUT, {**found, "provenance": provenance(head=options.head, num_prompts=options.num_prompts)})
     print(json.dumps({key: found[key] for key in ("ratios", "acceptance")}))
+
+
+def finished_rounds(options: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
+    """Of an earlier run with these options that was broken off."""
+    kept = json.loads(ROUNDS.read_text()) if ROUNDS.is_file() else {}
+    return kept["rounds"] if kept.get("options") == options else []
 
 
 def ratios_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:

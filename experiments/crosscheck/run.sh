@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Are the instrument's figures those of `vllm bench serve` and of guidellm, on one server, prompts and load?
-# Rounds of the three clients in turn; about 12 minutes on 2 cores. guidellm gets an environment of its own.
+# Rounds of the three clients in turn; about 12 minutes on 2 cores. Resumable; guidellm gets an environment of its own.
 #   experiments/crosscheck/run.sh [HEAD_DIR [ROUNDS [PROMPTS]]]       (default: the demo's head, 6 rounds, 8 prompts)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
