@@ -54,6 +54,15 @@ class DraftModule(nn.Module):
         best = torch.cat([(chunk @ weight_VH.T).argmax(-1) for chunk in chunks])
         return self.draft_token_ids[best].view(states.shape[:-1])
 
+    def count_targets(self, batch: FeatureBatch) -> Tensor:
+        """See ``DraftHead.count_targets``."""
+        learnable_BT = self._learnable(batch)
+        seen_KBQ = torch.stack([batch.anchors_BQ + 1 + j for j in range(self.num_speculative_tokens)])
+        exists_KBQ = batch.anchor_mask_BQ & (seen_KBQ < batch.lengths_B[:, None])
+        index_KBQ = seen_KBQ.clamp(max=learnable_BT.shape[1] - 1)
+        supervised_KBQ = exists_KBQ & learnable_BT.expand(len(index_KBQ), -1, -1).gather(2, index_KBQ)
+        return torch.stack([supervised_KBQ, exists_KBQ]).sum((2, 3))
+
     def compute_loss(self, batch: FeatureBatch, objective: Objective) -> LossOutput:
         """The weighted mean loss of each draft position, added up.
 
@@ -65,8 +74,9 @@ class DraftModule(nn.Module):
         return self._chain_loss(batch, self.outputs(batch), objective)
 
     def _chain_loss(self, batch: FeatureBatch, outputs: Outputs, objective: Objective) -> LossOutput:
-        # A position s is worth learning when token s + 1 belongs to the completion and the head can say it.
-        learnable_BT = F.pad(batch.loss_mask_BT[:, 1:], (0, 1)) & (self.draft_id_of_target[batch.argmax_BT] >= 0)
+        learnable_BT = self._learnable(batch)
+        counts_2K = self.count_targets(batch) if batch.step_counts_2K is None else batch.step_counts_2K
+        divisors = counts_2K[0].clamp(min=1).tolist()
         rank_BT = learnable_BT.flatten().cumsum(0).view_as(learnable_BT) - 1
         teacher_logits = batch.final_hidden_BTH[learnable_BT] @ self.teacher_VH.T
         probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT[learnable_BT][:, None]).exp_()
@@ -79,7 +89,7 @@ class DraftModule(nn.Module):
             seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
             reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
             ranks = rank_BT.gather(1, seen_BQ)[reached_BQ]
-            weights = weight_BQ[reached_BQ] / max(len(ranks), 1)
+            weights = weight_BQ[reached_BQ] / divisors[j]
             step_loss, best, accepted = DraftLoss.apply(
                 states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights, objective
             )
@@ -93,6 +103,10 @@ class DraftModule(nn.Module):
             num_targets.append(len(ranks))
             num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
         return LossOutput(loss=loss, num_targets=num_targets, num_correct=num_correct)
+
+    def _learnable(self, batch: FeatureBatch) -> Tensor:
+        """[B, T]: a position s is worth learning when token s + 1 belongs to the completion and the head can say it."""
+        return F.pad(batch.loss_mask_BT[:, 1:], (0, 1)) & (self.draft_id_of_target[batch.argmax_BT] >= 0)
 
     @torch.no_grad()
     def draft_along(self, batch: FeatureBatch) -> Tensor:

@@ -110,8 +110,10 @@ class FeatureStore:
         self.cache = cache
         self._kept: dict[int, RowFeatures] = {}
 
-    def fill(self, batch_tokens: int, description: str) -> None:
-        """Compute what fits the bound, longest rows first, with a progress bar.
+    def fill(self, batch_tokens: int, description: str, indices: Iterable[int] | None = None) -> None:
+        """Compute what fits the bound of these rows (None: of all), longest first, with a progress bar.
+
+        A cache gets all rows whoever asks: processes that fill it at the same time share the work.
 
         Raises:
             ValueError: the cache's folder can't be written, or its disk is full.
@@ -125,7 +127,7 @@ class FeatureStore:
         if self.cache is not None:
             self.cache.fill(compute, self.aux_layer_ids, description)
             return
-        order = sorted(range(len(self.rows)), key=self._length, reverse=True)
+        order = sorted(range(len(self.rows)) if indices is None else indices, key=self._length, reverse=True)
         with progress_bar(description, len(order)) as advance:
             for group in length_groups(order, self._length, batch_tokens):
                 if self.num_bytes >= self.max_bytes:

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from specdec.config import TrainConfig
 
 LOSSES = ("cross_entropy", "lk_hybrid", "lk_log")
-POSITION_WEIGHTS = ("decay", "survival")
-OPTIMIZERS = ("adamw", "muon")
+KNOWN = {
+    "loss": LOSSES,
+    "position_weights": ("decay", "survival"),
+    "optimizer": ("adamw", "muon"),
+    "precision": ("auto", "bf16", "fp32"),
+    "parallel": ("ddp", "fsdp"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +44,15 @@ def check_recipe(config: TrainConfig) -> None:
     Raises:
         ValueError: names the setting and what it may be.
     """
-    for name, known in (("loss", LOSSES), ("position_weights", POSITION_WEIGHTS), ("optimizer", OPTIMIZERS)):
+    for name, known in KNOWN.items():
         if getattr(config, name) not in known:
             raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
     if not 0 <= config.survival_floor <= 1:
         raise ValueError(f"train.survival_floor must be from 0 to 1, got {config.survival_floor}")
     if not 0 <= config.ema < 1:
         raise ValueError(f"train.ema must be at least 0 (no average) and below 1, got {config.ema}")
+    if config.accumulation_steps < 1:
+        raise ValueError(f"train.accumulation_steps must be 1 or more, got {config.accumulation_steps}")
     for name in ("lk_eta", "lm_head_lr_scale"):
         if getattr(config, name) < 0:
             raise ValueError(f"train.{name} must not be negative, got {getattr(config, name)}")

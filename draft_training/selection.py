@@ -9,8 +9,11 @@ another model's trace the target's argmax stands in for the token, given the tra
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +37,42 @@ class HeldOutAcceptance:
     by_span: dict[str, AcceptanceCounts] = field(default_factory=dict)
     by_output_position: dict[int, AcceptanceCounts] = field(default_factory=dict)
     accepted_by_conversation: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, parts: list[HeldOutAcceptance]) -> HeldOutAcceptance:
+        """Of disjoint sets of rows, as one."""
+        result = cls()
+        for part in parts:
+            result.total += part.total
+            for name, counts in part.by_span.items():
+                result.by_span[name] = result.by_span.get(name, AcceptanceCounts()) + counts
+            for start, counts in part.by_output_position.items():
+                result.by_output_position[start] = result.by_output_position.get(start, AcceptanceCounts()) + counts
+            for name, accepted in part.accepted_by_conversation.items():
+                result.accepted_by_conversation.setdefault(name, []).extend(accepted)
+        return result
+
+    def figures(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        ends = dict(itertools.pairwise(OUTPUT_BUCKET_TOKENS))
+        along = [
+            {"start": start, "end": ends.get(start), **_figures(counts)}
+            for start, counts in sorted(self.by_output_position.items())
+        ]
+        return {
+            **_figures(self.total),
+            "by_span": {name: _figures(counts) for name, counts in self.by_span.items()},
+            "by_output_position": along,
+        }
+
+
+def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(counts),
+        "acceptance_length": counts.acceptance_length,
+        "acceptance_rate": counts.acceptance_rate,
+        "per_position_rates": counts.per_position_rates,
+    }
 
 
 def accepted_prefix(drafts_BQK: Tensor, batch: FeatureBatch, on_policy: bool) -> Tensor:
@@ -63,11 +102,13 @@ def walk(accepted_by_anchor: dict[int, int], prompt_length: int) -> list[tuple[i
 
 
 @torch.no_grad()
-def held_out_acceptance(head: DraftHead, store: FeatureStore, on_policy: bool, batch_tokens: int) -> HeldOutAcceptance:
-    """Walk every row of ``store``."""
+def held_out_acceptance(
+    head: DraftHead, store: FeatureStore, on_policy: bool, batch_tokens: int, rows: Iterable[int] | None = None
+) -> HeldOutAcceptance:
+    """Walk these rows of ``store``; None: every row."""
     result = HeldOutAcceptance()
     width = head.num_speculative_tokens
-    order = sorted(range(len(store.rows)), key=lambda i: len(store.rows[i].input_ids))
+    order = sorted(range(len(store.rows)) if rows is None else rows, key=lambda i: len(store.rows[i].input_ids))
     for group in length_groups(order, lambda i: len(store.rows[i].input_ids), batch_tokens):
         for index, by_anchor in _accepted_by_anchor(head, store, group, on_policy).items():
             row = store.rows[index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import time
@@ -16,17 +15,19 @@ from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.recipe import check_recipe
 from draft_training.row_store import load_rows
-from draft_training.warm_start import digest_of, drafted_tokens, head_config_of, load_weights
+from draft_training.run_identity import differences, run_identity
+from draft_training.train_log import require_tensorboard
+from draft_training.warm_start import drafted_tokens, head_config_of, load_weights
 from draft_training.windows import Coverage
-from specdec.config import RunConfig, dump_yaml, from_dict
-from specdec.device import Device, detect_device
+from specdec.config import RunConfig, from_dict
+from specdec.device import Device, detect_device, num_processes, process_rank
 from specdec.manifest import HeadManifest
-from specdec.metrics import OUTPUT_BUCKET_TOKENS, AcceptanceCounts
-from specdec.record import provenance, text_sha256
+from specdec.record import provenance
 from specdec.targets import Target, resolve_target
 from specdec.traces import TokenRow
 
 if TYPE_CHECKING:
+    from draft_training.distributed import Processes
     from draft_training.features import FeatureStore, TargetModel
     from draft_training.selection import HeldOutAcceptance
     from draft_training.trainer import Trainer
@@ -39,13 +40,16 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
 
     ``source`` is whatever ``traces.files`` may name, or a directory of rows that ``prepare`` made; None: rows of
     ``config.traces``. With ``train.init_head`` that head goes on learning; what is exported is never worse than it was.
-    Running it again continues an interrupted run, and returns at once when the run is complete.
+    Running it again continues an interrupted run, and returns at once when the run is complete. Under ``torchrun`` or
+    ``accelerate launch`` all processes call it; the first alone writes, and ``out_dir`` must be on a disk they share.
 
     Raises:
-        ValueError: bad input or settings, or an ``out_dir`` of another run.
+        ValueError: bad input or settings, an ``out_dir`` of another run, or another process of the run is gone.
         Interrupted: stopped by a signal; the same command resumes.
     """
     check_recipe(config.train)
+    if config.train.tensorboard:
+        require_tensorboard()
     init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
     if init_dir is not None:
         config.head = head_config_of(init_dir, config.head)
@@ -56,16 +60,30 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
         HeadManifest.load(init_dir).check_target(target.fingerprint())
     aux_layer_ids = spec.aux_layer_ids(options, int(target.config["num_hidden_layers"]))
     rows_dir = _rows_directory(config, source, out_dir)
+    from draft_training.distributed import Processes  # torch: behind everything that fails fast
+
+    processes = Processes(config.train.parallel, detect_device())  # the others wait in it for the first one's rows
+    if processes.is_sharded and config.train.optimizer == "muon":
+        raise ValueError(
+            "train.optimizer=muon needs whole matrices, and train.parallel=fsdp leaves each process a part of them: "
+            "set train.parallel=ddp (and launch without FSDP), or train.optimizer=adamw"
+        )
     card = json.loads((rows_dir / CARD_NAME).read_text())
     if card["settings"]["target"] != dataclasses.asdict(target.fingerprint()):
         raise ValueError(f"{rows_dir} holds rows of another target; make rows for {target.name} with `specdec prepare`")
-    identity = _identity(config, card, target)
+    identity = run_identity(config, card, target)
     finished = _finished(out_dir, identity)
     if finished is not None:
         logger.info("%s is complete", out_dir)
+        processes.end()
         return finished
     splits = {name: load_rows(rows_dir / name) for name in ("train", "val")}
-    return _train_rows(config, spec, options, target, aux_layer_ids, splits, card["on_policy"], identity, out_dir)
+    with processes.losing_peers():
+        manifest = _train_rows(
+            config, spec, options, target, aux_layer_ids, splits, card["on_policy"], identity, out_dir, processes
+        )
+        processes.end()
+    return manifest
 
 
 def _rows_directory(config: RunConfig, source: str | Path | None, out_dir: Path) -> Path:
@@ -77,26 +95,25 @@ def _rows_directory(config: RunConfig, source: str | Path | None, out_dir: Path)
     if source is not None:
         config.traces.files = [str(source)]
     rows_dir = out_dir / "rows"
-    prepare(config, rows_dir)
+    answers = config.traces.regenerate or not (config.traces.files or config.traces.served)
+    if num_processes() > 1 and answers and not (rows_dir / CARD_NAME).is_file():
+        raise ValueError(
+            "the target answers prompts in one process: run `specdec prepare` first, and give its folder as --traces"
+        )
+    if process_rank() == 0:
+        prepare(config, rows_dir)
     return rows_dir
 
 
-def _identity(config: RunConfig, card: dict[str, Any], target: Target) -> str:
-    hashes = [card["splits"][name]["input_ids_sha256"] for name in ("train", "val")]
-    # Where features lie changes no head: a run may go on with another folder or bound.
-    facts = [config.head, dataclasses.replace(config.train, feature_cache_dir=None, feature_cache_gib=0.0)]
-    if config.train.init_head is not None:
-        hashes.append(digest_of(Path(config.train.init_head)))
-    return text_sha256(*hashes, *map(dump_yaml, facts), json.dumps(dataclasses.asdict(target.fingerprint())))
-
-
-def _finished(out_dir: Path, identity: str) -> HeadManifest | None:
+def _finished(out_dir: Path, identity: dict[str, Any]) -> HeadManifest | None:
     try:
         manifest = HeadManifest.load(out_dir)
     except ValueError:
         return None
-    if manifest.provenance.get("identity") != identity:
-        raise ValueError(f"{out_dir} holds a head of other settings or rows; pass another --out")
+    if (there := manifest.provenance.get("identity")) != identity:
+        raise ValueError(
+            f"{out_dir} holds a head of other settings or rows ({differences(there, identity)}); pass another --out"
+        )
     return manifest
 
 
@@ -108,13 +125,13 @@ def _train_rows(
     aux_layer_ids: list[int],
     splits: dict[str, list[TokenRow]],
     on_policy: bool,
-    identity: str,
+    identity: dict[str, Any],
     out_dir: Path,
+    processes: Processes,
 ) -> HeadManifest:
     import torch
 
     from draft_training.features import TargetModel
-    from draft_training.selection import held_out_acceptance
     from draft_training.trainer import Trainer
 
     device = detect_device()
@@ -122,7 +139,7 @@ def _train_rows(
     torch.manual_seed(config.train.seed)
     target_model = TargetModel.load(target, dtype, device)
     started = time.monotonic()
-    stores = _filled_stores(config, target, target_model, aux_layer_ids, splits)
+    stores = _filled_stores(config, target, target_model, aux_layer_ids, splits, processes)
     feature_sec = time.monotonic() - started
     token_counts = count_completion_tokens(splits["train"])
     head = _new_head(config, spec, options, target_model, token_counts)
@@ -135,38 +152,45 @@ def _train_rows(
         on_policy=on_policy,
         work_dir=out_dir / "work",
         identity=identity,
+        processes=processes,
         measure_start=config.train.init_head is not None,
     )
     _log_coverage(trainer.coverage, config.train.window_tokens)
     trainer.run()
-    export_dtype = torch.bfloat16
-    with torch.no_grad():  # what is measured and reported is the exported head, rounding included
-        for parameter in head.parameters():
-            parameter.copy_(parameter.to(export_dtype).float())
-    acceptance = held_out_acceptance(head, stores["val"], on_policy, config.train.batch_tokens)
-    head.export(out_dir, export_dtype)
+    acceptance = _export(trainer, out_dir)
     num_tokens = sum(len(row.input_ids) for row in splits["train"] + splits["val"])
-    manifest = HeadManifest(
+    facts = {
+        "feature_sec": feature_sec,
+        "feature_tok_per_sec": num_tokens / feature_sec,
+        "draft_vocab_coverage": covered_share(token_counts, head.draft_token_ids.tolist()),
+        **_training_figures(trainer),
+    }
+    manifest = _manifest(config, spec, target, trainer, acceptance, facts)
+    if processes.is_first:
+        manifest.save(out_dir)  # last: its presence says that the head is complete
+    return manifest
+
+
+def _manifest(
+    config: RunConfig,
+    spec: HeadSpec,
+    target: Target,
+    trainer: Trainer,
+    acceptance: HeldOutAcceptance,
+    facts: dict[str, Any],
+) -> HeadManifest:
+    return HeadManifest(
         head=spec.name,
         vllm_method=spec.vllm_method,
         vllm_speculative=spec.vllm_speculative,
         num_speculative_tokens=config.head.num_speculative_tokens,
         target_name=target.name,
         target=target.fingerprint(),
-        draft_vocab_size=head.draft_vocab_size,
-        acceptance={**_acceptance_figures(acceptance), "on_policy": on_policy},
+        draft_vocab_size=trainer.head.draft_vocab_size,
+        acceptance={**acceptance.figures(), "on_policy": trainer.on_policy},
         acceptance_by_prompt=acceptance.accepted_by_conversation,
-        provenance=provenance(
-            identity=identity,
-            config=dataclasses.asdict(config),
-            feature_sec=feature_sec,
-            feature_tok_per_sec=num_tokens / feature_sec,
-            draft_vocab_coverage=covered_share(token_counts, head.draft_token_ids.tolist()),
-            **_training_figures(trainer),
-        ),
+        provenance=provenance(identity=trainer.identity, config=dataclasses.asdict(config), **facts),
     )
-    manifest.save(out_dir)  # last: its presence says that the head is complete
-    return manifest
 
 
 def _new_head(
@@ -194,8 +218,10 @@ def _filled_stores(
     target_model: TargetModel,
     aux_layer_ids: list[int],
     splits: dict[str, list[TokenRow]],
+    processes: Processes,
 ) -> dict[str, FeatureStore]:
-    """The features of each split, within one bound for all."""
+    """The features of each split, within one bound for all: in memory of this process's own rows; in a cache of all
+    rows, which the processes fill together. Collective."""
     from draft_training.feature_cache import FeatureCache
     from draft_training.features import FeatureStore
 
@@ -208,7 +234,9 @@ def _filled_stores(
             cache = FeatureCache(root, bound, target.fingerprint(), target_model.embedding.dtype, rows)
         in_memory = sum(store.num_bytes for store in stores.values())
         stores[name] = FeatureStore(target_model, rows, aux_layer_ids, bound - in_memory, cache)
-        stores[name].fill(max(config.train.batch_tokens, 2048), f"target features ({name})")
+        own_rows = processes.own_rows(len(rows))
+        stores[name].fill(max(config.train.batch_tokens, 2048), f"target features ({name})", own_rows)
+    processes.wait()  # the time that this took is everybody's
     return stores
 
 
@@ -221,42 +249,33 @@ def _log_coverage(reached: Coverage, window_tokens: int) -> None:
         )  # fmt: skip
 
 
+def _export(trainer: Trainer, out_dir: Path) -> HeldOutAcceptance:
+    """Write the head; returns the acceptance of what was written, rounding included. Collective."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in trainer.head.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    acceptance = trainer.measure()
+    with trainer.processes.whole_weights(trainer.model):
+        if trainer.processes.is_first:
+            trainer.head.export(out_dir, torch.bfloat16)
+    return acceptance
+
+
 def _precision(config: RunConfig, device: Device) -> str:
     if config.train.precision == "auto":
         return "bf16" if device.native_bf16 else "fp32"
-    if config.train.precision not in ("bf16", "fp32"):
-        raise ValueError(f"train.precision must be auto, bf16 or fp32, got {config.train.precision!r}")
     return config.train.precision
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     return {
+        "num_processes": trainer.processes.count,
         "best_step": state.best_step,
         "history": state.history,
         "coverage": {**dataclasses.asdict(trainer.coverage), "share": trainer.coverage.share},
         "train_tok_per_sec": state.num_tokens / state.train_sec if state.train_sec else None,
         "train_sec": state.train_sec,
     }
-
-
-def _acceptance_figures(acceptance: HeldOutAcceptance) -> dict[str, Any]:
-    return {
-        **_figures(acceptance.total),
-        "by_span": {name: _figures(counts) for name, counts in acceptance.by_span.items()},
-        "by_output_position": _figures_along(acceptance.by_output_position),
-    }
-
-
-def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(counts),
-        "acceptance_length": counts.acceptance_length,
-        "acceptance_rate": counts.acceptance_rate,
-        "per_position_rates": counts.per_position_rates,
-    }
-
-
-def _figures_along(counts: dict[int, AcceptanceCounts]) -> list[dict[str, Any]]:
-    ends = dict(itertools.pairwise(OUTPUT_BUCKET_TOKENS))
-    return [{"start": start, "end": ends.get(start), **_figures(counts[start])} for start in sorted(counts)]

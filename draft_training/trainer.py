@@ -8,8 +8,6 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,25 @@ import torch
 
 from draft_training.averaging import WeightAverage
 from draft_training.checkpoint import load_checkpoint, save_checkpoint
+from draft_training.distributed import (
+    Processes,
+    laid_out_as,
+    load_optimizer_state,
+    rng_state,
+    set_rng_state,
+    whole,
+)
 from draft_training.features import FeatureStore, length_groups
 from draft_training.interrupt import Interrupted
 from draft_training.optimizers import make_optimizer
 from draft_training.recipe import Objective
-from draft_training.selection import held_out_acceptance
+from draft_training.recompute import recompute_activations
+from draft_training.selection import HeldOutAcceptance, held_out_acceptance
+from draft_training.step import GradientMaker, StepFigures
+from draft_training.train_log import TrainLog
 from draft_training.windows import Tiles, Window, coverage, draw, plan_windows
 from specdec.config import TrainConfig
+from specdec.metrics import AcceptanceCounts
 from specdec.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -72,7 +82,11 @@ def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> f
 
 
 class Trainer:
-    """Trains ``head`` on ``train_store``, picks the checkpoint by acceptance on ``val_store``."""
+    """Trains ``head`` on ``train_store``, picks the checkpoint by acceptance on ``val_store``.
+
+    A step's batch is the same however many processes and parts share it, so they change a run's speed and memory but,
+    up to rounding, not its weights. Each process measures its own rows of ``val_store``.
+    """
 
     def __init__(
         self,
@@ -83,28 +97,39 @@ class Trainer:
         precision: str,
         on_policy: bool,
         work_dir: Path,
-        identity: str,
+        identity: dict[str, Any],
+        processes: Processes,
         measure_start: bool = False,
     ) -> None:
         """``measure_start``: the weights to start from are a candidate for the best."""
+        if config.checkpoint_activations and not recompute_activations(head):
+            logger.warning("train.checkpoint_activations: this head has no layer that it would help")
         self.measure_start = measure_start
-        self.head, self.train_store, self.val_store = head, train_store, val_store
+        self.head, self.train_store, self.val_store, self.processes = head, train_store, val_store, processes
         self.config, self.on_policy, self.work_dir, self.identity = config, on_policy, work_dir, identity
         planned = plan_windows(train_store.rows, config, head.num_speculative_tokens)
         self.batches, self.coverage = plan_batches(planned, config), coverage(planned, config)
-        groups = head.parameter_groups(config.learning_rate, config.lm_head_lr_scale, config.weight_decay)
-        self.optimizer = make_optimizer(config.optimizer, groups)
+        recipe = config.learning_rate, config.lm_head_lr_scale, config.weight_decay
+        head.parameter_groups(*recipe)  # freezes what is to be frozen: DDP and FSDP look once
+        self.model = processes.wrap(head)
+        self.optimizer = make_optimizer(config.optimizer, head.parameter_groups(*recipe))
         self.average = WeightAverage(head, config.ema)
-        self.objective = Objective.of(config)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.state = TrainState()
         self.best_weights: dict[str, torch.Tensor] = {}
         device_type = train_store.target.device.type
-        # Masters stay float32; autocast only narrows the matrix products.
-        self.autocast: Callable[[], Any] = (
-            (lambda: torch.autocast(device_type, torch.bfloat16)) if precision == "bf16" else nullcontext
+        self.gradients = GradientMaker(
+            head=head,
+            model=self.model,
+            store=train_store,
+            processes=processes,
+            # Masters stay float32; autocast only narrows the matrix products.
+            autocast=lambda: torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"),
+            objective=Objective.of(config),
+            accumulation_steps=config.accumulation_steps,
         )
         self._stop = False
+        self._saved_at_step, self._saved_at_sec = -1, time.monotonic()
 
     @property
     def eval_steps(self) -> set[int]:
@@ -113,67 +138,93 @@ class Trainer:
         return {round(total * (i + 1) / self.config.num_evals) for i in range(self.config.num_evals)} | {total}
 
     def run(self) -> None:
-        """Train to the end (resuming where an earlier run stopped); leaves the best weights in ``head``.
+        """Train to the end (resuming where an earlier run stopped); leaves the best weights in ``head``. Collective.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM, after the checkpoint is written.
-            ValueError: the loss is no longer finite; the last checkpoint is kept.
+            Interrupted: on Ctrl-C or SIGTERM of any process, after the checkpoint is written.
+            ValueError: loss or gradient are no longer finite; the last checkpoint is kept.
         """
         self._resume()
+        log = TrainLog(self.work_dir, self.state.step, self.config.tensorboard) if self.processes.is_first else None
         previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._loop()
+            self._loop(log)
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
+            if log is not None:
+                log.close()
         self.head.load_state_dict(self.best_weights)
 
-    def _loop(self) -> None:
+    def _loop(self, log: TrainLog | None) -> None:
         total, state, eval_steps = len(self.batches), self.state, self.eval_steps
         if self.measure_start and state.step == 0:
             self._evaluate()
-        last_save = time.monotonic()
         with progress_bar("training", total) as advance:
             advance(state.step)
             while state.step < total:
                 started = time.monotonic()
-                batch_tokens, note = self._train_step(self.batches[state.step])
+                figures = self._train_step(self.batches[state.step])
+                step_sec = time.monotonic() - started
                 state.step += 1
-                state.num_tokens += batch_tokens
-                state.train_sec += time.monotonic() - started
-                advance(1, f"{note} {state.num_tokens / state.train_sec:.0f} tok/s")
-                if state.step in eval_steps:
-                    with self.average.applied():
-                        self._evaluate()
-                if self._stop or state.step == total or time.monotonic() - last_save > self.config.checkpoint_every_sec:
+                state.num_tokens += figures.num_tokens
+                state.train_sec += step_sec
+                hits = "/".join(f"{rate:.2f}" for rate in figures.top1_rates)
+                speed = f"{state.num_tokens / state.train_sec:.0f} tok/s"
+                advance(1, f"loss {figures.loss:.3f} top-1 {hits} {speed}")
+                acceptance_length = self._evaluate() if state.step in eval_steps else None
+                if log is not None:
+                    log.write(
+                        state.step,
+                        loss=figures.loss,
+                        top1_rates=figures.top1_rates,
+                        learning_rate=self.optimizer.param_groups[0]["lr"],
+                        tok_per_sec=figures.num_tokens / step_sec,
+                        acceptance_length=acceptance_length,
+                    )
+                stop, save = figures.wishes
+                if stop or save or state.step == total:
                     self._save()
-                    last_save = time.monotonic()
-                if self._stop and state.step < total:
+                if stop and state.step < total:
                     raise Interrupted
 
-    def _train_step(self, windows: list[Window]) -> tuple[int, str]:
+    def _train_step(self, windows: list[Window]) -> StepFigures:
         factor = learning_rate_factor(self.state.step, len(self.batches), self.config.warmup_fraction)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        batch = self.train_store.window_batch(windows)
-        with self.autocast():
-            output = self.head.compute_loss(batch, self.objective)
-        loss = float(output.loss.detach())
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} at step {self.state.step}; the last checkpoint is kept in "
-                f"{self.work_dir}: lower train.learning_rate and start again with another --out"
-            )
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
+        figures = self.gradients.run(windows, wishes=lambda: [self._stop, self._save_is_due()])
+        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
+        self._check_finite(figures.loss, float(whole(norm)), windows)
         self.optimizer.step()
         self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        hits = "/".join(f"{c / max(n, 1):.2f}" for c, n in zip(output.num_correct, output.num_targets, strict=True))
-        return int(batch.lengths_B.sum()), f"loss {loss:.3f} top-1 {hits}"
+        return figures
 
-    def _evaluate(self) -> None:
-        acceptance = held_out_acceptance(self.head, self.val_store, self.on_policy, self.config.batch_tokens).total
+    def _check_finite(self, loss: float, grad_norm: float, windows: list[Window]) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
+        names = [self.train_store.rows[window.row].conversation_id for window in windows]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        kept = f"the checkpoint of step {self._saved_at_step} is kept" if self._saved_at_step >= 0 else "none was saved"
+        raise ValueError(
+            f"{what} at step {self.state.step + 1} (rows {shown}); {kept} in {self.work_dir}: lower "
+            "train.learning_rate and start again with another --out"
+        )
+
+    def _evaluate(self) -> float:
+        with self.average.applied():
+            return self._compare(self.measure().total)
+
+    def measure(self) -> HeldOutAcceptance:
+        """The acceptance of the head as it is on all held-out rows. Collective."""
+        rows = self.processes.own_rows(len(self.val_store.rows))
+        with self.processes.whole_weights(self.model):
+            own = held_out_acceptance(self.head, self.val_store, self.on_policy, self.config.batch_tokens, rows)
+        return HeldOutAcceptance.merged(self.processes.gather(own))
+
+    def _compare(self, acceptance: AcceptanceCounts) -> float:
+        """Note the acceptance length, and keep the weights if they are the best so far."""
         length = acceptance.acceptance_length or 0.0
         rates = [round(rate, 3) for rate in acceptance.per_position_rates if rate is not None]
         self.state.history.append({"step": self.state.step, "acceptance_length": length, "per_position_rates": rates})
@@ -181,33 +232,50 @@ class Trainer:
         if length > self.state.best_acceptance_length:
             self.state.best_acceptance_length, self.state.best_step = length, self.state.step
             self.best_weights = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
+        return length
 
     def _request_stop(self, signum: int, _frame: Any) -> None:
-        logger.warning("%s: stopping after this step", signal.Signals(signum).name)
+        if not self._stop:
+            logger.warning("%s: stopping after this step", signal.Signals(signum).name)
         self._stop = True
 
+    def _save_is_due(self) -> bool:
+        """The first process's clock decides for all."""
+        waited_sec = time.monotonic() - self._saved_at_sec
+        return self.processes.is_first and waited_sec > self.config.checkpoint_every_sec
+
     def _save(self) -> None:
-        save_checkpoint(
-            self.work_dir,
-            {
-                "identity": self.identity,
-                "state": dataclasses.asdict(self.state),
-                "weights": self.head.state_dict(),
-                "best_weights": self.best_weights,
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-            },
-        )
+        tree = {
+            "identity": self.identity,
+            "state": dataclasses.asdict(self.state),
+            "weights": whole(self.head.state_dict()),
+            "best_weights": whole(self.best_weights),
+            "average": whole(self.average.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "rng": self.processes.gather(rng_state()),
+        }
+        if self.processes.is_first:
+            save_checkpoint(self.work_dir, tree)
+        self.processes.wait()  # whoever ends now ends all, and would cut the file short
+        self._saved_at_step, self._saved_at_sec = self.state.step, time.monotonic()
 
     def _resume(self) -> None:
-        checkpoint = load_checkpoint(self.work_dir, self.identity, self.train_store.target.device)
+        checkpoint = load_checkpoint(self.work_dir, self.identity)
+        if len(set(self.processes.gather(checkpoint and checkpoint["state"]["step"]))) > 1:
+            raise ValueError(f"the processes see different files in {self.work_dir}: --out must be on a shared disk")
         if checkpoint is None:
             return
         self.state = TrainState(**checkpoint["state"])
-        self.head.load_state_dict(checkpoint["weights"])
-        self.best_weights = checkpoint["best_weights"]
-        self.average.load_state_dict(checkpoint["average"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        self._saved_at_step = self.state.step
+        layout = self.head.state_dict()
+
+        def laid_out(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: laid_out_as(layout[name], tensor) for name, tensor in weights.items()}
+
+        self.best_weights = laid_out(checkpoint["best_weights"])
+        self.head.load_state_dict(laid_out(checkpoint["weights"]))
+        average = checkpoint["average"]
+        self.average.load_state_dict({**average, "averages": laid_out(average["averages"])})
+        load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+        set_rng_state(checkpoint["rng"][self.processes.rank % len(checkpoint["rng"])])
         logger.info("resuming at step %d of %d", self.state.step, len(self.batches))

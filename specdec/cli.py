@@ -111,6 +111,7 @@ def train(
     """Train a draft head and export it as vLLM loads it. The same command continues an interrupted run."""
     from draft_training.interrupt import Interrupted
     from draft_training.train import train as run_train
+    from specdec.device import process_rank
 
     run = _load(config, overrides, target)
     if head is not None:
@@ -120,8 +121,11 @@ def train(
     try:
         manifest = run_train(run, traces, out)
     except Interrupted:
-        typer.echo(f"error: interrupted; the checkpoint is in {out}: run the same command to continue", err=True)
+        if process_rank() == 0:
+            typer.echo(f"error: interrupted; the checkpoint is in {out}: run the same command to continue", err=True)
         raise typer.Exit(2) from None
+    if process_rank():
+        return
     figures = ("acceptance_length", "acceptance_rate", "per_position_rates")
     _echo_json({"head": str(out), **{name: manifest.acceptance[name] for name in figures}})
 
@@ -294,8 +298,10 @@ def demo(
 
 def main() -> None:
     """Console entry point: errors of the user's making become one line and exit code 2."""
+    from specdec.device import process_rank
+
     logging.basicConfig(
-        level=os.environ.get("SPECDEC_LOG_LEVEL", "INFO"),
+        level="WARNING" if process_rank() else os.environ.get("SPECDEC_LOG_LEVEL", "INFO"),
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,

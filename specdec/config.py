@@ -65,7 +65,10 @@ class TrainConfig:
 
     init_head: str | None = None  # a head of the same architecture and target to start from
     epochs: int = 6
-    batch_tokens: int = 1024
+    batch_tokens: int = 1024  # padded, of one optimizer step, over all processes
+    accumulation_steps: int = 1  # parts that each process makes of its share, one after another: less memory
+    checkpoint_activations: bool = False  # attention and MLPs are computed again in the backward pass: less memory
+    parallel: str = "ddp"  # of several processes: ddp | fsdp (weights and optimizer state sharded)
     learning_rate: float = 1e-3
     optimizer: str = "adamw"  # adamw | muon: on the matrices, AdamW on lm_head and vectors
     lm_head_lr_scale: float = 1.0  # 0: frozen, the target's rows
@@ -81,10 +84,11 @@ class TrainConfig:
     num_evals: int = 4
     checkpoint_every_sec: float = 60.0
     feature_cache_dir: str | None = None  # target features on disk, shared by runs; None: in memory, for this run
-    feature_cache_gib: float = 4.0  # never passed, by the whole folder; what does not fit is computed when drawn
+    feature_cache_gib: float = 4.0  # never passed, by the whole folder or each process's memory; the rest is recomputed
     window_tokens: int = 2048  # loss positions of a row at once; of a longer row one window an epoch, all in turn
     prefix_tokens: int | None = None  # what a window's head attends to before it; None: the whole prefix, as served
     precision: str = "auto"  # auto | bf16 | fp32
+    tensorboard: bool = False  # write what train_log.jsonl holds as TensorBoard events too
     seed: int = 0
 
 

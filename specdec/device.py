@@ -41,6 +41,16 @@ def detect_device() -> Device:
     return Device(kind="cpu", core_ids=cores, native_bf16=bool(cpu_flags() & set(NATIVE_BF16_FLAGS)))
 
 
+def process_rank() -> int:
+    """Which process this is of a run that torchrun or accelerate started as several; 0: the first, or the only one."""
+    return int(os.environ.get("RANK", "0")) if num_processes() > 1 else 0
+
+
+def num_processes() -> int:
+    """How many processes torchrun or accelerate started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def cpu_flags() -> set[str]:
     """Instruction-set flags as Linux names them; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")

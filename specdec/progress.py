@@ -7,12 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from specdec.device import process_rank
+
 LINE_EVERY_SEC = 20.0
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield ``advance(steps=1, note="")``."""
+    """Yield ``advance(steps=1, note="")``; of several processes that train together, the first one shows it."""
+    if process_rank():
+        yield lambda steps=1, note="": None
+        return
     bar = _rich_bar(description, total) if sys.stderr.isatty() else _plain_lines(description, total)
     with bar as advance:
         yield advance

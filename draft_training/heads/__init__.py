@@ -46,6 +46,7 @@ class FeatureBatch(DraftInputs):
     anchor_mask_BQ: Tensor  # bool
     logsumexp_BT: Tensor  # float32, over the full vocabulary
     argmax_BT: Tensor  # int64, the target's greedy choice for token t + 1
+    step_counts_2K: Tensor | None = None  # ``count_targets`` of the whole step, when this batch is a part of it
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,8 +76,13 @@ class DraftHead(Protocol):
         """
         ...
 
+    def count_targets(self, batch: FeatureBatch) -> Tensor:
+        """[2, K] int64: how many anchors each draft position is supervised at, and at how many its token exists."""
+        ...
+
     def compute_loss(self, batch: FeatureBatch, objective: Objective) -> LossOutput:
-        """Training loss of all draft positions."""
+        """Training loss of all draft positions. Means divide by ``batch.step_counts_2K`` where it is set, so that the
+        losses of a step's parts add up to the loss of the whole step."""
         ...
 
     def draft_along(self, batch: FeatureBatch) -> Tensor:

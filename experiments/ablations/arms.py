@@ -123,6 +123,7 @@ def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmR
     """
     import torch
 
+    from draft_training.distributed import Processes
     from draft_training.selection import held_out_acceptance
     from draft_training.train import _precision
     from draft_training.trainer import Trainer
@@ -143,7 +144,8 @@ def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmR
         precision=_precision(config, bench.device),
         on_policy=bench.on_policy,
         work_dir=work_dir,
-        identity=bench.identity(config),
+        identity={"arm": bench.identity(config)},
+        processes=Processes(config.train.parallel, bench.device),
     )
     trainer.run()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from draft_training.distributed import Processes
 from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens
 from draft_training.features import FeatureStore, TargetModel
 from draft_training.heads import load_head
@@ -66,7 +67,7 @@ def main() -> None:
     head = spec.build(model, torch.tensor(ids), options, config.head.num_speculative_tokens)
     trainer = Trainer(
         head=head, train_store=store, val_store=store, config=config.train, precision="fp32", on_policy=True,
-        work_dir=Path(), identity="",
+        work_dir=Path(), identity={}, processes=Processes("ddp", device),
     )  # fmt: skip
     measured: dict[str, list[dict[str, float]]] = {"features": [], "training": []}
     for i in range(ROUNDS):

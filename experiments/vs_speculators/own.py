@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from draft_training.step import StepFigures
 from draft_training.trainer import Trainer
+from draft_training.windows import Window
 from specdec.cli import main
 
 
@@ -15,11 +17,11 @@ def mark_steps(path: Path) -> None:
     file = path.open("a", buffering=1)
     train_step = Trainer._train_step
 
-    def marked(self: Trainer, indices: list[int]) -> tuple[int, str]:
+    def marked(self: Trainer, windows: list[Window]) -> StepFigures:
         begin = time.monotonic()
-        tokens, note = train_step(self, indices)
-        file.write(json.dumps({"begin": begin, "end": time.monotonic(), "tokens": tokens}) + "\n")
-        return tokens, note
+        figures = train_step(self, windows)
+        file.write(json.dumps({"begin": begin, "end": time.monotonic(), "tokens": figures.num_tokens}) + "\n")
+        return figures
 
     Trainer._train_step = marked
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from draft_training.features import FeatureStore, TargetModel, anchor_positions
 from draft_training.heads import list_heads, load_head
 from draft_training.recipe import Objective
+from draft_training.recompute import recompute_activations
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
 from specdec.config import TargetConfig
@@ -138,6 +139,70 @@ def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
             assert name not in fused or not fused[name].any(), name
         else:
             torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def gradients(head, batches, objective) -> tuple[float, dict[str, torch.Tensor]]:
+    """Summed loss and gradient of batches that are parts of one step."""
+    head.zero_grad()
+    counts = torch.stack([head.count_targets(batch) for batch in batches]).sum(0)
+    total = 0.0
+    for batch in batches:
+        batch.step_counts_2K = counts
+        loss = head.compute_loss(batch, objective).loss
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in head.named_parameters()}
+
+
+def variants_of(spec, target):
+    """The head, and with every loss that it has."""
+    heads = [build(spec, target, draft_vocab_size=100)]
+    if spec.name == "eagle":
+        heads.append(build(spec, target))
+        heads[-1].feature_loss_weight = 0.5
+    return heads
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(loss="lk_hybrid", position_weights="survival")])
+def test_the_parts_of_a_step_add_up_to_the_whole_step(spec, target, rows, objective):
+    for head in variants_of(spec, target):
+        store = make_store(head, target, rows)
+        whole_loss, whole = gradients(head, [store.batch([0, 1, 2])], objective)
+        nothing = store.batch([1])
+        nothing.anchor_mask_BQ.zero_()
+        parts_loss, parts = gradients(head, [store.batch([2]), nothing, store.batch([0, 1])], objective)
+        assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
+        undivided = head.compute_loss(store.batch([0, 1, 2]), objective).loss
+        assert whole_loss == pytest.approx(float(undivided), rel=1e-6)
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(spec, target, rows):
+    head = build(spec, target, draft_vocab_size=100)
+    batch = make_store(head, target, rows).batch([0, 1, 2])
+
+    def measured():
+        kept = {}  # storage to bytes: views share one
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            head.zero_grad()
+            loss = head.compute_loss(batch, Objective()).loss
+        num_bytes = sum(kept.values())
+        loss.backward()
+        return num_bytes, {name: p.grad.clone() for name, p in head.named_parameters()}
+
+    bytes_before, before = measured()
+    if not recompute_activations(head):
+        pytest.skip("has neither attention nor MLP")
+    bytes_after, after = measured()
+    assert bytes_after < 0.8 * bytes_before
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
 
 
 def test_greedy_chain_is_lossless_and_the_walk_counts_what_the_decoder_counts(spec, target, rows):

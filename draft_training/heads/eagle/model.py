@@ -65,13 +65,15 @@ class EagleHead(ChainModule):
     def _compared(self, batch: FeatureBatch, step_decay: float, distances: list[Tensor]) -> Outputs:
         """The outputs as they pass, each one's distance noted."""
         T = batch.final_hidden_BTH.shape[1]
+        counts_2K = self.count_targets(batch) if batch.step_counts_2K is None else batch.step_counts_2K
+        divisors = counts_2K[1].clamp(min=1).tolist()
         for j, (states_BQH, weight_VH) in enumerate(self.outputs(batch)):
             wanted_BQ = batch.anchors_BQ + 1 + j
             exists_BQ = batch.anchor_mask_BQ & (wanted_BQ < batch.lengths_B[:, None])
             index = wanted_BQ.clamp(max=T - 1)[:, :, None].expand_as(states_BQH)
             pairs = states_BQH[exists_BQ], batch.final_hidden_BTH.gather(1, index)[exists_BQ]
-            total = F.smooth_l1_loss(*pairs, reduction="sum") / max(1, pairs[0].numel())
-            distances.append(step_decay**j * total)
+            total = F.smooth_l1_loss(*pairs, reduction="sum") / states_BQH.shape[-1]
+            distances.append(step_decay**j / divisors[j] * total)
             yield states_BQH, weight_VH
 
     def export(self, directory: Path, dtype: torch.dtype) -> None:
