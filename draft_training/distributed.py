@@ -44,7 +44,7 @@ def share_out(rows: list[int], num_processes: int) -> list[list[int]]:
     stay at their home as far as that allows."""
     room = -(-len(rows) // num_processes)
     shares: list[list[int]] = [[] for _ in range(num_processes)]
-    away = []
+    away: list[int] = []
     for row in rows:
         home = shares[home_of(row, num_processes)]
         (home if len(home) < room else away).append(row)

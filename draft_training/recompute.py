@@ -18,7 +18,7 @@ def recompute_activations(head: nn.Module) -> int:
     """Let attention and MLPs keep their inputs alone and compute again in the backward pass. Returns how many do."""
     chosen = [module for module in head.modules() if isinstance(module, PrefixAttention | LlamaMLP)]
     for module in chosen:
-        module.forward = _recomputing(module.forward)
+        module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
     return len(chosen)
 
 
