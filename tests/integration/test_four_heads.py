@@ -71,7 +71,7 @@ def make_workplace(folder: Path, architecture: str) -> Workplace:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     pytest.importorskip("vllm", reason="needs vLLM")
-    return make_workplace(tmp_path_factory.mktemp("qwen2"), "qwen2")  # test_head_swap has llama
+    return make_workplace(tmp_path_factory.mktemp("qwen2"), "qwen2")  # test_swap_server has llama
 
 
 @contextmanager
