@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def load_checkpoint(work_dir: Path, identity: dict[str, Any]) -> dict[str, Any] 
     failures = []
     for path in paths:
         try:
+            _check_sums(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in many ways
             failures.append(f"{path} can't be read ({type(error).__name__}: {error})")
@@ -70,3 +72,10 @@ def load_checkpoint(work_dir: Path, identity: dict[str, Any]) -> dict[str, Any] 
     if failures:
         raise ValueError(f"{'; '.join(failures)}; delete {work_dir} to start over")
     return None
+
+
+def _check_sums(path: Path) -> None:
+    """torch.save writes a checksum of every tensor, and torch.load looks at none."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")

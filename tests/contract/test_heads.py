@@ -172,7 +172,7 @@ def test_the_parts_of_a_step_add_up_to_the_whole_step(spec, target, rows, object
         nothing.anchor_mask_BQ.zero_()
         parts_loss, parts = gradients(head, [store.batch([2]), nothing, store.batch([0, 1])], objective)
         assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
-        undivided = head.compute_loss(store.batch([0, 1, 2]), objective).loss
+        undivided = head.compute_loss(store.batch([0, 1, 2]), objective).loss.detach()
         assert whole_loss == pytest.approx(float(undivided), rel=1e-6)
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)

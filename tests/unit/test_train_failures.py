@@ -23,7 +23,7 @@ from draft_training.train_log import TrainLog, require_tensorboard
 from specdec.config import RunConfig, load_config
 from tests.tiny import save_tiny_target
 
-SMALL = ["train.batch_tokens=256", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25", "train.num_evals=1"]
+SMALL = ["train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25", "train.num_evals=1"]
 EVERY_STEP = "train.checkpoint_every_sec=0.0"
 
 
