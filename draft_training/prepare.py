@@ -168,7 +168,7 @@ def _keep_usable(
     for identity, row in rows:
         if len(row.input_ids) > context:
             drops.add(f"longer than the target's context of {context} tokens", identity)
-        elif len(row.input_ids) > traces.max_length:
+        elif traces.max_length is not None and len(row.input_ids) > traces.max_length:
             drops.add(f"longer than traces.max_length of {traces.max_length} tokens", identity)
         elif row.num_completion_tokens < 3:
             drops.add("fewer than 3 completion tokens", identity)

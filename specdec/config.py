@@ -46,7 +46,7 @@ class TracesConfig:
     top_p: float | None = None
     seed: int = 0
     val_fraction: float = 0.06
-    max_length: int = 4096  # longer rows are refused, never cut
+    max_length: int | None = None  # longer rows are dropped and counted, never cut; None: the target's context
     max_num_seqs: int = 64  # answered at once, by each endpoint or engine
 
 
@@ -137,6 +137,7 @@ class EvalConfig:
     num_samples: list[int] = field(default_factory=lambda: [1])  # answers per prompt of the sampled cells
     distribution_samples: int = 64  # per prompt, of the two-sample test at temperature 1; 0: no test
     distribution_prompts: int = 4
+    prompt_excerpts: bool = True  # the first words of prompts whose greedy outputs part; off for a report to publish
     price_per_hour: float | None = None  # of the machine, in your currency
     slo_ttft_sec: float | None = None  # a request counts as goodput when it meets both
     slo_tpot_sec: float | None = None

@@ -1,6 +1,8 @@
 """The same server measured by three clients in turn: ``specdec eval``, ``vllm bench serve`` and guidellm.
 
-One round is one pass of each client over the same prompts, greedy, one request at a time, each round in another order.
+One round is one pass of each client over the same prompts, greedy, so many requests at a time, each round in another
+order. One at a time, specdec's pass is broken into as many turns as there are prompts; four at a time it is as unbroken
+as the others'.
 A ratio is the median over rounds of the two clients' figures of one round, with the lowest and the highest beside it.
 Acceptance, at a fixed K, must be equal: drafts and accepted tokens as the requests count them, as the server's
 Prometheus counters do around the blocks, and as vLLM's benchmark reads them.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +31,7 @@ from specdec.targets import resolve_target
 
 OUT = Path(__file__).with_name("result.json")
 WORK = Path("runs/crosscheck")
+ROUNDS = WORK / "rounds.json"
 NUM_TOKENS = 64
 # `vllm bench serve` without vLLM's command line, which does not know the CPU build's package name.
 VLLM_BENCH = """
@@ -46,12 +50,13 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command[:4])} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+def by_specdec(url: str, concurrency: int, prompts: Path, target: str, label: str) -> dict[str, float]:
     """An A/A run: both arms are the server, so its figures pool two passes."""
     out = WORK / f"specdec-{label}"
+    shutil.rmtree(out, ignore_errors=True)  # a pass that was broken off is made again
     settings = (
         f"eval.max_new_tokens={NUM_TOKENS}", "eval.repeats=1", "eval.sampled=false", "eval.num_prompts=1000",
-        "eval.distribution_samples=0",
+        "eval.distribution_samples=0", f"eval.concurrency=[{concurrency}]",
     )  # fmt: skip
     command = [sys.executable, "-m", "specdec", "eval", "--target", target, "--prompts", str(prompts)]
     command += ["--out", str(out), "--arm", f"a={url}", "--arm", f"b={url}"]
@@ -72,14 +77,14 @@ def by_specdec(url: str, prompts: Path, target: str, label: str) -> dict[str, fl
     }
 
 
-def by_vllm_bench(url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+def by_vllm_bench(url: str, concurrency: int, prompts: Path, target: str, label: str) -> dict[str, float]:
     count = len(prompts.read_text().splitlines())
     name = f"vllm-{label}.json"
     model = str(resolve_target(RunConfig().target).path) if target == RunConfig().target.name else target
     command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", target, "--tokenizer", model]
     command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(count)]
-    command += ["--custom-output-len", str(NUM_TOKENS), "--max-concurrency", "1", "--temperature", "0"]
+    command += ["--custom-output-len", str(NUM_TOKENS), "--max-concurrency", str(concurrency), "--temperature", "0"]
     command += ["--skip-chat-template", "--disable-shuffle", "--save-result", "--result-dir", str(WORK)]
     run([*command, "--result-filename", name])
     found = json.loads((WORK / name).read_text())
@@ -92,7 +97,7 @@ def by_vllm_bench(url: str, prompts: Path, target: str, label: str) -> dict[str,
     }
 
 
-def by_guidellm(guidellm: str, url: str, prompts: Path, target: str, label: str) -> dict[str, float]:
+def by_guidellm(guidellm: str, url: str, concurrency: int, prompts: Path, target: str, label: str) -> dict[str, float]:
     count = len(prompts.read_text().splitlines())
     out = WORK / f"guidellm-{label}.json"
     model = str(resolve_target(RunConfig().target).path) if target == RunConfig().target.name else target
@@ -100,7 +105,7 @@ def by_guidellm(guidellm: str, url: str, prompts: Path, target: str, label: str)
         "kind": "openai_http", "target": url, "model": target, "request_format": "/v1/chat/completions",
         "extras": {"body": {"max_tokens": NUM_TOKENS, "temperature": 0}},
     }  # fmt: skip
-    command = [guidellm, "run", "--backend", json.dumps(backend), "--profile", "kind=synchronous"]
+    command = [guidellm, "run", "--backend", json.dumps(backend), "--profile", f"kind=concurrent,streams={concurrency}"]
     command += ["--constraint", f"kind=max_requests,count={count}", "--tokenizer", f"kind=hf_auto,model={model}"]
     command += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={out}"]
     run([*command, "--disable-console"])
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("--target", default=RunConfig().target.name)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--concurrency", type=int, default=1)
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     prompts = WORK / "prompts.jsonl"
@@ -138,22 +144,32 @@ def main() -> None:
         "serve.policy": f"fixed:{HeadManifest.load(Path(options.head)).num_speculative_tokens}",
     }
     spec = ArmSpec(name="served", options={**served, "vllm.no-enable-prefix-caching": "true"})
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds = finished_rounds(vars(options))
     with open_arms([spec], config, WORK) as arms, progress_bar("crosscheck", options.rounds) as advance:
         url = arms["served"].url
         clients = {
-            "specdec": partial(by_specdec, url),
-            "vllm_bench": partial(by_vllm_bench, url),
-            "guidellm": partial(by_guidellm, options.guidellm, url),
+            "specdec": partial(by_specdec, url, options.concurrency),
+            "vllm_bench": partial(by_vllm_bench, url, options.concurrency),
+            "guidellm": partial(by_guidellm, options.guidellm, url, options.concurrency),
         }
-        by_specdec(url, prompts, options.target, "warm-up")
-        for number in range(options.rounds):
+        clients["specdec"](prompts, options.target, "warm-up")
+        advance(len(rounds))
+        for number in range(len(rounds), options.rounds):
             order = list(clients)[number % 3 :] + list(clients)[: number % 3]
             rounds.append({name: clients[name](prompts, options.target, str(number)) for name in order})
+            write_json_atomic(ROUNDS, {"options": vars(options), "rounds": rounds})
             advance(1, json.dumps(ratios_of(rounds)))
-    found = {"ratios": ratios_of(rounds), "acceptance": acceptance_of(rounds), "rounds": rounds}
-    write_json_atomic(OUT, {**found, "provenance": provenance(head=options.head, num_prompts=options.num_prompts)})
+    facts = provenance(head=options.head, num_prompts=options.num_prompts)
+    found = {"ratios": ratios_of(rounds), "acceptance": acceptance_of(rounds), "rounds": rounds, "provenance": facts}
+    loads = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    write_json_atomic(OUT, {**loads, f"concurrency_{options.concurrency}": found})
     print(json.dumps({key: found[key] for key in ("ratios", "acceptance")}))
+
+
+def finished_rounds(options: dict[str, Any]) -> list[dict[str, dict[str, float]]]:
+    """Of an earlier run with these options that was broken off."""
+    kept = json.loads(ROUNDS.read_text()) if ROUNDS.is_file() else {}
+    return kept["rounds"] if kept.get("options") == options else []
 
 
 def ratios_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:

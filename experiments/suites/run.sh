@@ -10,6 +10,6 @@ python=.venv/bin/python
 "$python" -m specdec eval --out runs/suites --arm plain=plain --arm eagle3=head="$head" --arm ngram=method=ngram,k=3 \
     --suite gsm8k --suite math500 --suite humaneval --suite mt_bench --suite spec_bench \
     --set eval.num_prompts="${2:-8}" --set eval.max_new_tokens="${3:-64}" \
-    --set eval.repeats=1 --set eval.distribution_samples=0 --set eval.sampled=false --price-per-hour 0.10 \
+    --set eval.repeats=1 --set eval.distribution_samples=0 --set eval.sampled=false --set eval.prompt_excerpts=false --price-per-hour 0.10 \
     --set serve.max_model_len=2048 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
 cp runs/suites/{result.json,report.html,summary.md} experiments/suites/

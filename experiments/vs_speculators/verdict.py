@@ -17,6 +17,7 @@ OUT = Path(__file__).with_name("result.json")
 NOTES = [
     "train_sec and train_tok_per_sec are of training steps; process_sec also holds start, validation and checkpoints, "
     "and for specdec the target's features, which the rival is given ready made",
+    "the peak memory of specdec holds the target and its features; the rival reads features from files",
     "specdec keeps the weights of the highest acceptance on the held-out rows, the rival those of its lowest "
     "validation loss on the same rows",
     "acceptance_ratio is the arm's acceptance length over specdec's, by prompt",
@@ -36,8 +37,10 @@ def verdict(
     """One entry an arm, of the greedy cell; ``trained`` is what ``train.py`` wrote of each.
 
     Raises:
-        ValueError: the heads are not of one size and draft vocabulary.
+        ValueError: the heads are not of one size and draft vocabulary, or the measurement was stopped.
     """
+    if result["interrupted"]:
+        raise ValueError("the measurement was stopped before its end; the same command goes on from there")
     [cell] = result["cells"]
     sizes = {name: num_parameters(head) for name, head in heads.items()}
     if len(set(sizes.values())) > 1 or len({tuple(head.integers("d2t") or ()) for head in heads.values()}) > 1:
@@ -88,14 +91,22 @@ def acceptance_ci95(requests: list[dict[str, Any]]) -> tuple[float, float] | Non
     return bootstrap_ci95(pairs, statistic=lambda drawn: 1 + sum(a for _, a in drawn) / sum(d for d, _ in drawn))
 
 
-if __name__ == "__main__":
+def main() -> None:
     work = Path(sys.argv[1])
+    environment = Path(__file__).with_name("requirements.txt").read_text().splitlines()
     found = verdict(
         json.loads((work / "eval" / "result.json").read_text()),
         {name: json.loads((work / name / "arm.json").read_text()) for name in NAMES},
         {name: HeadFiles.read(work / name / "head") for name in NAMES},
-        [line for line in (Path(__file__).parent / "requirements.txt").read_text().split("\n") if "==" in line],
+        [line for line in environment if "==" in line],
     )
     write_json_atomic(OUT, found)
     shown = ("name", "acceptance_length", "ci95", "train_tok_per_sec", "peak_memory_bytes", "train_sec")
     print(json.dumps([{key: arm[key] for key in shown} for arm in found["arms"]]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

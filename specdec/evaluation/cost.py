@@ -2,10 +2,11 @@
 
 =====================  ====================================================================
 plain step             seconds a token of the baseline (TPOT p50: one step, one token)
-spec step              seconds a verification of the arm (median gap between its chunks)
-predicted speed-up     ``τ * plain step / spec step``
-ceiling                ``(K + 1) * plain step / spec step``: every drafted token accepted
-break-even τ           ``spec step / plain step``: below it speculation loses
+spec step              seconds a step of the arm (median gap between its chunks)
+drafting share d       of the arm's steps, those that verify a draft; the others yield one token
+predicted speed-up     ``(1 + d (τ - 1)) * plain step / spec step``
+ceiling                ``(1 + d K) * plain step / spec step``: every drafted token accepted
+break-even             ``spec step / plain step`` tokens a step: below it speculation loses
 =====================  ====================================================================
 """
 
@@ -77,15 +78,16 @@ def _model(arm: Mapping[str, Any], plain: Mapping[str, Any], figures: Mapping[st
     width = arm["num_speculative_tokens"]
     plain_step = (plain.get("tpot_sec") or {}).get("p50")
     spec_step = figures.get("step_sec_p50")
-    tau = (figures.get("acceptance") or {}).get("acceptance_length")
+    acceptance = figures.get("acceptance") or {}
+    tau, drafting = acceptance.get("acceptance_length"), 1 - (acceptance.get("fallback_share") or 0.0)
     ratio = plain_step / spec_step if plain_step and spec_step else None
     return {
         "num_speculative_tokens": width,
         "acceptance_length": tau,
         "plain_step_sec": plain_step,
         "spec_step_sec": spec_step,
-        "predicted_speedup": tau * ratio if ratio and tau else None,
-        "ceiling_speedup": (width + 1) * ratio if ratio and width else None,
+        "predicted_speedup": (1 + drafting * (tau - 1)) * ratio if ratio and tau else None,
+        "ceiling_speedup": (1 + drafting * width) * ratio if ratio and width else None,
         "break_even_acceptance_length": 1 / ratio if ratio else None,
     }
 

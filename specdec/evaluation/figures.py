@@ -22,6 +22,7 @@ from specdec.metrics import (
 )
 
 PERCENTILES = (50, 90, 99)
+MIN_PLACED_SHARE = 0.9  # of the steps whose place in the output must be certain to speak of places at all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,16 +209,29 @@ def _steps_with_position(results: list[RequestResult]):
             position += num_accepted + 1
 
 
+def _are_placed(results: list[RequestResult]) -> bool:
+    """Whether the steps with a certain position speak for all: requests that draft at every step are the best ones."""
+    num_placed = sum(1 for _ in _steps_with_position(results))
+    return num_placed >= MIN_PLACED_SHARE * sum(len(result.drafted_per_step) for result in results)
+
+
 def _by_span(results: list[RequestResult]) -> dict[str, dict[str, Any]]:
     counts: dict[str, AcceptanceCounts] = defaultdict(AcceptanceCounts)
-    for result, position, num_drafted, num_accepted in _steps_with_position(results):
-        counts["think" if position < result.num_think_tokens else "answer"].record(num_drafted, num_accepted)
+    if not any(result.num_think_tokens for result in results):
+        for result in results:
+            for num_drafted, num_accepted in zip(result.drafted_per_step, result.accepted_per_step, strict=True):
+                counts["answer"].record(num_drafted, num_accepted)
+    elif _are_placed(results):
+        for result, position, num_drafted, num_accepted in _steps_with_position(results):
+            counts["think" if position < result.num_think_tokens else "answer"].record(num_drafted, num_accepted)
     return {name: {"acceptance_length": c.acceptance_length, "num_drafts": c.num_drafts} for name, c in counts.items()}
 
 
 def _by_output_position(results: list[RequestResult]) -> list[dict[str, Any]]:
     counts: dict[int, AcceptanceCounts] = defaultdict(AcceptanceCounts)
     edges = OUTPUT_BUCKET_TOKENS
+    if not _are_placed(results):
+        return []
     for _, position, num_drafted, num_accepted in _steps_with_position(results):
         counts[max(edge for edge in edges if edge <= position)].record(num_drafted, num_accepted)
     ends = dict(itertools.pairwise(edges))

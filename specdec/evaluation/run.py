@@ -137,7 +137,7 @@ async def _measure(
         texts = {(suite.name, item.id): item.turns for suite in suites for item in suite.items}
 
         def prompt_text(record: Record) -> str:
-            return texts[record.suite, record.item_id][record.turn]
+            return texts[record.suite, record.item_id][record.turn] if settings.prompt_excerpts else ""
 
         losslessness: dict[str, Any] = {"greedy": [], "distribution": []}
 

@@ -228,12 +228,12 @@ def cost_model_table(result: Tree) -> Table | None:
         for point in result.get("cost_model") or []
     ]  # fmt: skip
     header = [
-        "arm", "condition", "K", "τ", "τ to break even", "baseline step", "arm step", "predicted", "measured",
+        "arm", "condition", "K", "τ", "to break even", "baseline step", "arm step", "predicted", "measured",
         "ceiling",
     ]  # fmt: skip
     note = (
-        "Predicted: τ × baseline step / arm step. Ceiling: the same were every draft token accepted. Below the "
-        "τ to break even, speculation loses."
+        "Predicted: tokens a step × baseline step / arm step, where a step yields τ tokens or, without a draft, one. "
+        "Ceiling: the same were every draft token accepted. Below the tokens a step to break even, speculation loses."
     )
     bounds = [point.get("bandwidth_bound_step_sec") for point in result.get("cost_model") or []]
     if bounds and bounds[0] is not None:

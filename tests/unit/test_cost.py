@@ -39,6 +39,15 @@ def test_golden_point():
     }  # fmt: skip
 
 
+def test_steps_without_a_draft_yield_one_token():
+    """As of an n-gram lookup that finds something in a quarter of its steps."""
+    head = figures(0.016, 0.025, 3.0)
+    head["acceptance"]["fallback_share"] = 0.75
+    (point,) = cost_points([cell(arms={"plain": figures(0.020, 0.020, None), "head": head})], [PLAIN_ARM, HEAD_ARM])
+    assert point["predicted_speedup"] == pytest.approx(1.5 * 0.8)
+    assert point["ceiling_speedup"] == pytest.approx(1.75 * 0.8)
+
+
 def test_a_synthetic_arm_says_so():
     (point,) = cost_points([cell()], [PLAIN_ARM, {**HEAD_ARM, "synthetic": True}])
     assert point["synthetic"] is True and point["bandwidth_bound_step_sec"] is None

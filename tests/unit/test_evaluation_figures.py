@@ -127,7 +127,16 @@ def test_steps_without_a_draft_are_the_tokens_left_over():
     found = arm_figures([block(result)], Prices())["acceptance"]
     assert found["draft_width_histogram"] == {"0": 6, "1": 1, "3": 1} and found["fallback_share"] == 0.75
     assert found["by_output_position"] == []  # nobody knows where the plain steps were
+    assert found["by_span"] == {"answer": {"acceptance_length": 2.5, "num_drafts": 2}}  # but there was no thinking
     assert found["per_position_rates"] == [1.0, 1.0, 0.0]
+
+
+def test_requests_that_always_draft_do_not_speak_for_those_that_seldom_do():
+    lucky = answer(0.01, 9, num_think_tokens=4, accepted_per_step=[3, 3], drafted_per_step=[3, 3])
+    other = answer(0.01, 9, num_think_tokens=4, accepted_per_step=[0], drafted_per_step=[3])
+    found = arm_figures([block(lucky, other)], Prices())["acceptance"]
+    assert found["by_span"] == {} and found["by_output_position"] == []
+    assert arm_figures([block(lucky)], Prices())["acceptance"]["by_span"]["think"]["num_drafts"] == 1
 
 
 def test_a_forced_answer_has_a_prompt_step_of_its_own():

@@ -77,6 +77,7 @@ def test_a_whole_run(tmp_path, capfd):
     (greedy,) = result["losslessness"]["greedy"]
     assert greedy["noise_floor_identity_rate"] == 1.0
     (fork,) = greedy["forks"]
+    assert fork["prompt_excerpt"] == PROMPTS[2]
     assert (fork["position"], fork["plain_token"], fork["spec_token"], fork["verdict"]) == (4, fork_token, 77, TIE)
     assert fork["margin_nats"] == pytest.approx(0.02)
     probe = next(body for body in plain.log if "logprobs" in body)
@@ -91,6 +92,15 @@ def test_a_whole_run(tmp_path, capfd):
     captured = capfd.readouterr()
     assert captured.out == "" and "speed-up" in captured.err
     assert not list((tmp_path / "out").glob("journal*"))
+
+
+def test_a_run_to_publish_repeats_no_prompt(tmp_path):
+    plain, spec = FakeServer(), FakeServer(tokens_per_step=3)
+    spec.forks[PROMPTS[2]] = (4, 77)
+    result = run(plain, spec, tmp_path, prompt_excerpts=False, sampled=False)
+    assert result["losslessness"]["greedy"][0]["forks"]
+    for name in ("result.json", "report.html", "summary.md"):
+        assert "what is question" not in (tmp_path / "out" / name).read_text()
 
 
 def test_report_is_self_contained_and_escaped(tmp_path):

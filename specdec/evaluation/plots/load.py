@@ -178,5 +178,5 @@ def draw_prediction(figure: Any, result: Tree) -> Caption | None:
         f"{words.times(point['predicted_speedup'])} predicted, {words.times(point['measured_speedup'])} measured"
         for point in points
     ]
-    note = "Prediction: τ × the baseline's engine step / the arm's engine step."
+    note = "Prediction: tokens a step × the baseline's engine step / the arm's engine step."
     return Caption(text="; ".join(texts), arms=arms, note=note)

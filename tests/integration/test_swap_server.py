@@ -18,26 +18,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from draft_training.features import TargetModel
 from draft_training.heads import list_heads
-from draft_training.reference import greedy_decode, speculative_decode
+from draft_training.reference import speculative_decode
 from specdec.cli import app
-from specdec.config import TargetConfig
-from specdec.device import Device
 from specdec.manifest import HeadManifest
 from specdec.metrics import AcceptanceCounts
-from specdec.targets import resolve_target
-from specdec.traces import prompt_ids, row_from_ids
 from tests.integration.test_four_heads import (
     NEW_TOKENS,
-    PROMPTS,
     Workplace,
     complete,
+    make_workplace,
     served,
     served_acceptance,
     trained_head,
 )
-from tests.tiny import save_tiny_target, tiny_tokenizer
 
 pytestmark = pytest.mark.vllm
 
@@ -45,14 +39,7 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     pytest.importorskip("vllm", reason="needs vLLM")
-    folder = tmp_path_factory.mktemp("target")
-    files = resolve_target(TargetConfig(name=str(save_tiny_target(folder, "llama", initializer_range=0.15))))
-    model = TargetModel.load(files, "float32", Device(kind="cpu", core_ids=(0,), native_bf16=False))
-    tokenizer = tiny_tokenizer()
-    prompts = [prompt_ids(tokenizer, text) for text in PROMPTS]
-    greedy = [greedy_decode(model, ids, NEW_TOKENS) for ids in prompts]
-    rows = [row_from_ids(tokenizer, *each) for each in zip(PROMPTS, prompts, greedy, strict=True)]
-    return Workplace(files=files, model=model, prompts=prompts, rows=rows, greedy=greedy)
+    return make_workplace(tmp_path_factory.mktemp("llama"), "llama")  # test_four_heads has qwen2
 
 
 def write_noise(head: Any, manifest: HeadManifest, directory: Path, seed: int) -> Path:
