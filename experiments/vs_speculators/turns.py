@@ -41,7 +41,7 @@ class Side:
     ran: list[tuple[float, float]] = field(default_factory=list)
     exit_code: int | None = None
     peak_memory_bytes: int = 0
-    _pid: int = 0
+    _process: subprocess.Popen[bytes] | None = None
     _resumed: float | None = None
 
     @property
@@ -54,7 +54,7 @@ class Side:
 
     @property
     def is_alive(self) -> bool:
-        return self._pid != 0 and self.exit_code is None
+        return self._process is not None and self.exit_code is None
 
     def start(self) -> None:
         """Start from nothing. It dies with this process, also when it is stopped then."""
@@ -62,7 +62,7 @@ class Side:
         self.marks.unlink(missing_ok=True)
         command = [str(self.marks) if word == "MARKS" else word for word in self.command]
         with self.log.open("w") as log:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -70,39 +70,46 @@ class Side:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
-        process.returncode = 0  # this class waits for it: only wait4 tells its memory
-        self._pid, self._resumed = process.pid, time.monotonic()
+        self._resumed = time.monotonic()
 
     def run_for(self, seconds: float) -> None:
         """Let it run; returns earlier when it ends."""
         if self._resumed is None:
             self._resumed = time.monotonic()
-            os.killpg(self._pid, signal.SIGCONT)
+            self._signal(signal.SIGCONT)
         deadline = time.monotonic() + seconds
         while not self.has_ended() and time.monotonic() < deadline:
+            self._note_memory()
             time.sleep(POLL_SEC)
 
     def pause(self) -> None:
         if self.is_alive and self._resumed is not None:
-            os.killpg(self._pid, signal.SIGSTOP)
+            self._signal(signal.SIGSTOP)
             self._note_pause()
 
     def end(self) -> None:
-        if self.is_alive:
-            os.killpg(self._pid, signal.SIGKILL)
-            self._reap(0)
+        if self.is_alive and self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self.has_ended()
 
     def has_ended(self) -> bool:
-        return self.exit_code is not None or self._reap(os.WNOHANG)
+        if self.exit_code is None and self._process is not None and self._process.poll() is not None:
+            self._note_pause()
+            self.exit_code = self._process.returncode
+        return self.exit_code is not None
 
-    def _reap(self, options: int) -> bool:
-        pid, status, usage = os.wait4(self._pid, options)
-        if pid == 0:
-            return False
-        self._note_pause()
-        self.exit_code = os.waitstatus_to_exitcode(status)
-        self.peak_memory_bytes = usage.ru_maxrss * 1024
-        return True
+    def _signal(self, number: int) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
+
+    def _note_memory(self) -> None:
+        """The peak so far. Not from ``wait4``: its figure also holds that of the process which started this one."""
+        if self._process is not None:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+                line = next(line for line in lines if line.startswith("VmHWM:"))
+                self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
 
     def _note_pause(self) -> None:
         if self._resumed is not None:

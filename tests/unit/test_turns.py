@@ -46,6 +46,7 @@ def test_sides_alternate_and_each_is_charged_for_itself(tmp_path: Path):
     for each in sides:
         assert 0 < each.trained_sec <= each.process_sec
     assert large.peak_memory_bytes - small.peak_memory_bytes > 150 * 2**20
+    assert small.peak_memory_bytes < 100 * 2**20  # nothing of this process, which holds much more in a whole test run
 
 
 def test_a_short_run_ends_every_side(tmp_path: Path):
