@@ -36,7 +36,8 @@ def run_identity(config: RunConfig, card: dict[str, Any], target: Target) -> dic
 
 def differences(there: Any, here: dict[str, Any]) -> str:
     """The names of what differs, with the values that a person can compare."""
-    there = there if isinstance(there, dict) else {}
+    if not isinstance(there, dict):
+        return "it does not say which: an earlier version wrote it"
     named = []
     for key in [*here, *(key for key in there if key not in here)]:
         old, new = there.get(key), here.get(key)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from draft_training.features import TargetModel
+from draft_training.heads import load_head
 
 # What the R1-Distill templates do: earlier reasoning is cut, and the reply is opened with <think>.
 R1_TEMPLATE = (
@@ -90,3 +95,16 @@ def save_tiny_target(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def shaken_head(name: str, target: TargetModel, num_speculative_tokens: int) -> Any:
+    """A new head of an architecture. Parts that start at zero are shaken, so that every path matters."""
+    spec = load_head(name)
+    torch.manual_seed(1)
+    options = spec.options_cls()
+    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
+    head = spec.build(target, torch.arange(size), options, num_speculative_tokens)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
 from draft_training.features import FeatureStore, TargetModel
-from draft_training.heads import FeatureBatch, list_heads, load_head
+from draft_training.heads import FeatureBatch, list_heads
 from draft_training.recipe import Objective
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
 from specdec.traces import TokenRow
-from tests.tiny import save_tiny_target
+from tests.tiny import save_tiny_target, shaken_head
 
 K = 3
 LENGTHS = (40, 23, 31)
@@ -30,15 +29,7 @@ def target(tmp_path_factory) -> TargetModel:
 
 @pytest.fixture(params=list_heads())
 def head(request, target):
-    spec = load_head(request.param)
-    torch.manual_seed(1)
-    options = spec.options_cls()
-    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
-    head = spec.build(target, torch.arange(size), options, K)
-    with torch.no_grad():  # parts that start at zero are shaken, so that every path matters
-        for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return head
+    return shaken_head(request.param, target, K)
 
 
 @pytest.fixture

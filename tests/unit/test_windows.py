@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from draft_training import layers, selection
 from draft_training.features import FeatureStore, TargetModel
-from draft_training.heads import list_heads, load_head
+from draft_training.heads import list_heads
 from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
 from draft_training.trainer import plan_batches
@@ -21,7 +21,7 @@ from specdec.config import TargetConfig, TrainConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
 from specdec.traces import TokenRow
-from tests.tiny import save_tiny_target
+from tests.tiny import save_tiny_target, shaken_head
 
 K = 3
 LONG = 2048
@@ -45,15 +45,7 @@ def target(tmp_path_factory) -> TargetModel:
 
 @pytest.fixture(params=list_heads())
 def head(request, target):
-    spec = load_head(request.param)
-    torch.manual_seed(1)
-    options = spec.options_cls()
-    size = spec.draft_vocab_size(options, target.config.vocab_size, Counter())
-    head = spec.build(target, torch.arange(size), options, K)
-    with torch.no_grad():  # parts that start at zero are shaken, so that every path matters
-        for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return head
+    return shaken_head(request.param, target, K)
 
 
 @pytest.mark.parametrize("length", [2, 3, 30, 31, 200])
