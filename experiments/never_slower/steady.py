@@ -1,6 +1,7 @@
 """Constant load: plain, every fixed K, the policy, and the policy with a head of random weights, interleaved.
 
-The fixed K are one server whose requests carry their K; the policy's servers see none of these requests.
+The fixed K are one server whose requests carry their K; the policy's servers see none of these requests. Plain is
+measured twice, to see what the ratio of two equal arms is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ WORK = Path("runs/never_slower")
 # Few requests where they come one by one, several rounds where many run at once.
 LOADS = (("1,2,4", 12), ("8,16,32", 64))
 TEMPERATURES = (0.0, 0.6)
+AGAIN = "plain_again"
 FIRST_PORT = 8720  # fixed, so that an interrupted run finds the same arms
 
 
@@ -69,7 +71,8 @@ def evaluate(out: Path, arms: list[str], *settings: str) -> None:
 
 def arms_of(started: dict[str, Arm], max_draft_tokens: int) -> list[str]:
     fixed = [f"k{k}={started['fixed'].url},xargs.specdec={k}" for k in range(1, max_draft_tokens + 1)]
-    return [f"{name}={started[name].url}" for name in ("plain", "auto", "random")] + fixed
+    again = f"{AGAIN}={started['plain'].url}"
+    return [*(f"{name}={started[name].url}" for name in ("plain", "auto", "random")), again, *fixed]
 
 
 def main() -> None:

@@ -1,14 +1,22 @@
-"""``result.json`` and ``timeline.png`` from what the other two wrote."""
+"""``result.json`` and ``timeline.png`` from what the other two wrote.
+
+A ratio is tokens a second over all turns of a load, with a bootstrap interval over the turns, in which all arms answer
+the same requests one after the other. Its best fixed arm is the fastest of four that are measured with errors, which
+flatters that arm: the ratio of the plain server to itself, measured as two arms, says how much a ratio can mean.
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from experiments.never_slower.steady import TEMPERATURES, WORK
+from experiments.never_slower.steady import AGAIN, TEMPERATURES, WORK
+from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
 
 OUT = Path(__file__).with_name("result.json")
@@ -39,28 +47,60 @@ def best_table(max_num_seqs: int) -> str:
     return "/".join(rows)
 
 
+def turns() -> dict[tuple[float, int], list[dict[str, tuple[int, float]]]]:
+    """By temperature and concurrency, each turn's output tokens and busy seconds by arm."""
+    found: dict[tuple[float, int], dict[tuple[int, int], dict[str, tuple[int, float]]]] = {}
+    for temperature in TEMPERATURES:
+        for path in WORK.glob(f"c*-t{temperature}/journal.jsonl"):
+            cells = {cell["name"]: cell for cell in json.loads(path.with_name("result.json").read_text())["cells"]}
+            for run in map(json.loads, path.read_text().splitlines()):
+                if "records" not in run:
+                    continue
+                load = found.setdefault((temperature, cells[run["cell"]]["concurrency"]), {})
+                tokens = sum(each["result"]["num_output_tokens"] for each in run["records"])
+                load.setdefault((run["repeat"], run["block"]), {})[run["arm"]] = tokens, run["busy_sec"]
+    return {load: list(each.values()) for load, each in found.items()}
+
+
+def ratio(turns: list[dict[str, tuple[int, float]]], arm: str, other: str) -> list[float]:
+    """Tokens a second of ``arm`` over ``other``'s, and its 95 % interval over turns (none of fewer than three)."""
+
+    def of(drawn: Sequence[float]) -> float:
+        speeds = []
+        for name in (arm, other):
+            taken = [turns[int(i)][name] for i in drawn]
+            speeds.append(sum(tokens for tokens, _ in taken) / sum(seconds for _, seconds in taken))
+        return speeds[0] / speeds[1]
+
+    every = range(len(turns))
+    return [of(every), *(bootstrap_ci95(every, of) or ())]
+
+
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Points, and the worst ratios of the policy."""
-    points, trained, useless = [], {}, {}
+    points, found, by_load = [], {"trained": {}, "random": {}, "plain_again": {}}, turns()
     for temperature, concurrency, arms in cells():
         speed = {name: arm["throughput_tok_per_sec"] for name, arm in arms.items()}
         for name, arm in arms.items():
             points.append(
                 {
                     "arm": "auto" if name == "random" else name,
-                    "head": {"plain": None, "random": "random"}.get(name, "trained"),
+                    "head": {"plain": None, AGAIN: None, "random": "random"}.get(name, "trained"),
                     "concurrency": concurrency, "temperature": temperature, "tok_per_sec": speed[name],
                     "runs": arm["num_requests"], "acceptance_length": arm["acceptance"].get("acceptance_length"),
                     "fallback_share": arm["acceptance"].get("fallback_share"),
                 }
             )  # fmt: skip
-        fixed = {name: speed[name] for name in speed if name == "plain" or name.startswith("k")}
-        label = f"c{concurrency} T{temperature:g}"
-        trained[label] = speed["auto"] / max(fixed.values())
-        useless[label] = speed["random"] / speed["plain"]
+        best = max((name for name in speed if name == "plain" or name.startswith("k")), key=lambda name: speed[name])
+        label, load = f"c{concurrency} T{temperature:g}", by_load[temperature, concurrency]
+        for key, arm, other in (("trained", "auto", best), ("random", "random", "plain"), ("plain_again", AGAIN, "plain")):
+            found[key][label] = {"against": other, "ratio": ratio(load, arm, other)}
     return points, {
-        "worst_ratio_trained": min(trained.values(), default=None), "ratio_trained": trained,
-        "worst_ratio_random": min(useless.values(), default=None), "ratio_random": useless,
+        **{f"worst_ratio_{key}": min((each["ratio"][0] for each in loads.values()), default=None)
+           for key, loads in found.items()},
+        **{f"median_ratio_{key}": statistics.median(each["ratio"][0] for each in loads.values())
+           for key, loads in found.items() if loads},
+        "ratios": found,
     }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ function drawTiles(s) {
   const pips = Array.from({ length: Math.min(32, s.max_speculative_tokens || 0) }, (_, i) => element("i", i < s.num_speculative_tokens ? "on" : "", ""));
   at("pips").replaceChildren(...pips);
   show("tau", number(s.acceptance_length, 2));
-  show("tau-note", `trained ${number(s.trained?.acceptance_length, 2)}`);
+  show("tau-note", `trained ${number(s.trained?.acceptance_length, 2)}, tokens a step ${number(s.tokens_per_step, 2)}`);
   const ratio = isNumber(s.goodput_tok_per_sec) && s.plain_tok_per_sec > 0 ? s.goodput_tok_per_sec / s.plain_tok_per_sec : null;
   show("ratio", isNumber(ratio) ? `${number(ratio, 2)}×` : DASH);
   at("ratio").className = `big ${!isNumber(ratio) || Math.abs(ratio - 1) < 0.02 ? "" : ratio > 1 ? "good" : "bad"}`;

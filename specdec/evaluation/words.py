@@ -203,8 +203,9 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def plain(value: float | None) -> str:
-    """A setting as somebody typed it, a found value to two digits."""
-    return count(value) if value is None or value == int(value) else significant(value, 2).rstrip("0")
+    """A setting as somebody typed it, a found value to three digits; no zeros at the end of a fraction."""
+    text = count(value) if value is None or value == int(value) else significant(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def percent(value: float | None) -> str:

@@ -109,23 +109,28 @@ def test_clients_in_flight_when_the_engine_dies_are_told_and_the_next_ones_serve
     process, facts, folder = server
     client = Client(facts)
     expected = client.complete(PROMPTS[0])
+    client.set_policy("off")  # a token a step: the longest way to go
     first, has_begun = session_of(process), threading.Barrier(5)
-    # All of them fit the batch: none is over before the last begins.
-    long = client.body(PROMPTS[0], temperature=0.7, max_tokens=240, n=2, return_token_ids=False)
+    long = client.body(PROMPTS[0], temperature=0.7, max_tokens=240, return_token_ids=False)
 
     def stream() -> list[str]:
-        body = {**long, "stream": True}
-        with httpx.stream("POST", f"{facts['url']}/v1/completions", json=body, timeout=120, trust_env=False) as answer:
+        with client.http.stream("POST", "/v1/completions", json={**long, "stream": True}) as answer:
             lines = answer.iter_lines()
             seen = [next(lines)]
             has_begun.wait(60)
             return [*seen, *filter(None, lines)]
 
+    engine = engine_core(first)
     with ThreadPoolExecutor(5) as pool:
-        whole = pool.submit(client.http.post, "/v1/completions", json=long)
+        os.kill(engine, signal.SIGSTOP)
         streams = [pool.submit(stream) for _ in range(4)]
+        time.sleep(1)  # all four have asked, so they begin in the same step, however slow this machine is
+        os.kill(engine, signal.SIGCONT)
         has_begun.wait(60)
-        os.kill(engine_core(first), signal.SIGKILL)
+        os.kill(engine, signal.SIGSTOP)
+        whole = pool.submit(client.http.post, "/v1/completions", json={**long, "n": 2})
+        time.sleep(1)  # asked, and answered by nobody
+        os.kill(engine, signal.SIGKILL)
         for each in streams:
             *_, error, last = each.result(60)
             assert last == "data: [DONE]" and json.loads(error.removeprefix("data: "))["error"]["code"] == 500
