@@ -154,12 +154,7 @@ def _speculative_config(
             f"num_speculative_tokens is {num_draft_tokens} but head {head_dir} was trained for {trained}: "
             f"serve it with at most {trained}, or train a head for more"
         )
-    return {
-        "method": manifest.vllm_method,
-        "model": str(Path(head_dir).resolve()),
-        "num_speculative_tokens": num_draft_tokens,
-        **manifest.vllm_speculative,
-    }
+    return manifest.speculative_config(Path(head_dir), num_draft_tokens)
 
 
 def _head_name(speculative: dict[str, Any] | None, head_dir: Path | None, manifest: HeadManifest | None) -> str | None:

@@ -54,6 +54,19 @@ class HeadManifest:
         marginal = [1.0, *self.acceptance.get("per_position_rates", [])]
         return [after / before if before else 0.0 for before, after in itertools.pairwise(marginal)]
 
+    def speculative_config(self, directory: Path, num_speculative_tokens: int) -> dict[str, Any]:
+        """vLLM's ``--speculative-config`` for the head in ``directory``."""
+        # Else vLLM spreads an EAGLE-3 head's logits over the target's whole vocabulary for each draft token, and looks
+        # for the largest there.
+        argmax = {"use_local_argmax_reduction": True} if self.vllm_method == "eagle3" else {}
+        return {
+            "method": self.vllm_method,
+            "model": str(Path(directory).resolve()),
+            "num_speculative_tokens": num_speculative_tokens,
+            **argmax,
+            **self.vllm_speculative,
+        }
+
     @classmethod
     def load(cls, directory: Path) -> HeadManifest:
         """Read a head directory's manifest.

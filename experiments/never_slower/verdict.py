@@ -93,7 +93,11 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
             )  # fmt: skip
         best = max((name for name in speed if name == "plain" or name.startswith("k")), key=lambda name: speed[name])
         label, load = f"c{concurrency} T{temperature:g}", by_load[temperature, concurrency]
-        for key, arm, other in (("trained", "auto", best), ("random", "random", "plain"), ("plain_again", AGAIN, "plain")):
+        for key, arm, other in (
+            ("trained", "auto", best),
+            ("random", "random", "plain"),
+            ("plain_again", AGAIN, "plain"),
+        ):
             found[key][label] = {"against": other, "ratio": ratio(load, arm, other)}
     return points, {
         **{f"worst_ratio_{key}": min((each["ratio"][0] for each in loads.values()), default=None)

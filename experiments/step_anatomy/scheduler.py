@@ -25,12 +25,24 @@ for owner, name, label in (
 class TimedScheduler(Scheduler):
     """Tells the clocks which step begins."""
 
+    server = "spec"
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        clocks.process = "engine-spec" if self.num_spec_tokens else "engine-plain"
+        clocks.process = f"engine-{self.server if self.num_spec_tokens else 'plain'}"
         clocks.begin(output)
         return output
 
 
+class UncutScheduler(TimedScheduler):
+    """Of the server without the cuts."""
+
+    server = "uncut"
+
+
 def timed(**kwargs: Any) -> Any:
     return TimedScheduler(**kwargs)
+
+
+def uncut(**kwargs: Any) -> Any:
+    return UncutScheduler(**kwargs)

@@ -13,6 +13,7 @@ from experiments.step_anatomy.clocks import PERIOD
 from specdec.record import write_json_atomic
 
 OUT, WORK = Path(__file__).with_name("result.json"), Path("runs/step_anatomy")
+SERVERS = ("plain", "uncut", "spec")
 BETWEEN = "between the processes, and outside of steps"
 WAITS = ("engine: wait for sampling", "engine: wait for drafts", "engine: wait for the forward, and the rest")
 
@@ -59,7 +60,7 @@ def plot(parts: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     result = json.loads((WORK / "result.json").read_text())
-    parts = {server: anatomy(server) for server in ("plain", "spec")}
+    parts = {server: anatomy(server) for server in SERVERS}
     write_json_atomic(OUT, {"milliseconds": parts, "provenance": result["provenance"]})
     plot(parts, OUT.with_name("anatomy.png"))
     for server, kinds in parts.items():

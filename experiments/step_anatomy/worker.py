@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from experiments.step_anatomy.clocks import Clocks
 
 clocks = Clocks("worker")
+SPEC_PROCESS = "worker-spec"
 for owner, name, label in (
     (GPUModelRunner, "execute_model", "worker: rest of execute"),
     (GPUModelRunner, "sample_tokens", "worker: rest of sampling"),
@@ -47,7 +48,7 @@ def load(self: Any, *args: Any, **kwargs: Any) -> None:
     clocks.wrap(self.get_model(), "compute_logits", "target: logits")
     clocks.process = "worker-plain"
     if getattr(self, "drafter", None) is not None and hasattr(self.drafter, "model"):
-        clocks.process = "worker-spec"
+        clocks.process = SPEC_PROCESS
         clocks.wrap(self.drafter.model, "forward", "head: forward")
         if hasattr(self.drafter.model, "combine_hidden_states"):
             clocks.wrap(self.drafter.model, "combine_hidden_states", "head: fusion of the features")

@@ -151,11 +151,7 @@ def _speculative_config(options: dict[str, str], manifest: HeadManifest | None) 
         if options["method"] == "ngram":
             config |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
     elif manifest is not None:
-        config = {
-            "method": manifest.vllm_method,
-            "model": str(Path(options["head"]).resolve()),
-            "num_speculative_tokens": width or manifest.num_speculative_tokens,
-        }
+        config = manifest.speculative_config(Path(options["head"]), width or manifest.num_speculative_tokens)
     if "table" in options:
         config["num_speculative_tokens_per_batch_size"] = _table(options["table"])
     if "synthetic" in options:

@@ -85,7 +85,7 @@ def test_each_arm_asks_for_its_own_server(head):
     assert ngram[0] == "--no-speculation" and speculative(ngram)["num_speculative_tokens"] == 4
     table = speculative(serve_arguments(ArmSpec(name="t", options={"head": str(head), "table": "1-4:3/5-16:0"})))
     assert table["num_speculative_tokens_per_batch_size"] == [[1, 4, 3], [5, 16, 0]]
-    assert (table["method"], table["num_speculative_tokens"]) == ("eagle3", 3)
+    assert table.items() >= HeadManifest.load(head).speculative_config(head, 3).items()
     pretended = ArmSpec(name="s", options={"head": str(head), "synthetic": "2.5"})
     assert pretended.is_synthetic
     assert speculative(serve_arguments(pretended))["synthetic_acceptance_length"] == 2.5

@@ -81,7 +81,7 @@ def test_a_cpu_plan_prefills_each_prompt_in_one_step_with_room_for_running_reque
     many = plan(device=Device(kind="cpu", core_ids=tuple(range(8)), native_bf16=True))
     assert many.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-7"
     assert planned.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
-    expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
+    expected = manifest().speculative_config(Path("/heads/a"), 3)
     assert json.loads(flag(planned, "--speculative-config")) == expected
     assert flag(planned, "--per-request-spec-decode-metrics") == "summary"
     assert (planned.head, planned.num_speculative_tokens, planned.url) == ("eagle3", 3, "http://127.0.0.1:8000")
@@ -169,7 +169,7 @@ def test_vllms_own_features_pass_untouched_beside_a_head(given, device):
     assert planned.argv[-len(given) :] == given
     ours = ServerFlags(planned.argv[3 : -len(given)])
     assert [arg for arg in given if arg.startswith("-") and arg in ours] == [], "nothing of ours contradicts"
-    expected = {"method": "eagle3", "model": "/heads/a", "num_speculative_tokens": 3}
+    expected = manifest().speculative_config(Path("/heads/a"), 3)
     assert json.loads(ours.get("--speculative-config") or "") == expected and "--scheduler-cls" in ours
     assert planned.warnings == ()
 

@@ -80,3 +80,21 @@ def test_manifest_of_another_format_is_refused(tmp_path: Path):
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(tree))
     with pytest.raises(ValueError, match="format version 99"):
         HeadManifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({}, {"use_local_argmax_reduction": True}),
+        (
+            {"vllm_speculative": {"parallel_drafting": True}},
+            {"use_local_argmax_reduction": True, "parallel_drafting": True},
+        ),
+        ({"vllm_method": "medusa"}, {}),
+    ],
+)
+def test_a_head_says_how_vllm_serves_it(changes, beside):
+    head = dataclasses.replace(manifest(), **changes)
+    assert head.speculative_config(Path("/heads/a"), 2) == {
+        "method": head.vllm_method, "model": "/heads/a", "num_speculative_tokens": 2, **beside
+    }  # fmt: skip

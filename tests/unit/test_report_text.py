@@ -117,8 +117,8 @@ def test_accuracy_is_pooled_over_items():
         (words.significant, 1234.5, "1,234"), (words.significant, 0.004567, "0.00457"), (words.times, 1.505, "1.50×"),
         (words.number, float("nan"), "–"), (words.seconds, float("inf"), "–"), (words.p_value, 0.0005, "< 0.001"),
         (words.p_value, 0.03, "= 0.030"), (words.plain, 16.0, "16"), (words.plain, 9.71, "9.71"),
-        (words.plain, 10.13, "10.1"), (words.plain, 12.5, "12.5"), (words.plain, 1.999, "2"), (words.plain, 100.0, "100"),
-        (words.plain, 0.5, "0.5"),
+        (words.plain, 10.13, "10.1"), (words.plain, 12.5, "12.5"), (words.plain, 1.999, "2"),
+        (words.plain, 100.0, "100"), (words.plain, 0.5, "0.5"),
     ],
 )  # fmt: skip
 def test_figures_as_people_read_them(show, value, shown):
