@@ -8,7 +8,8 @@ each candidate K is judged by expected tokens over measured step time,
 with c the conditional acceptance rates of the last drafts and T the median time of decode steps (a machine's pauses
 have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each;
 until that succeeds, the nearest batch size that is known decides), what may have changed is tried again: from plain
-decode a short probe now and then, further apart each time that it does not pay. Pure Python; knows no server.
+decode a short probe now and then, further apart each time that it does not pay, until probes cost next to nothing.
+Pure Python; knows no server.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class PolicySettings:
     probe_drafts: int = 24  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
     first_probe_steps: int = 128  # from a change to plain decode to the first probe
-    max_probe_steps: int = 4096  # the interval doubles up to here while probes don't pay
+    probe_share: float = 0.01  # of the time: while probes don't pay their interval doubles, until they cost no more,
+    max_probe_steps: int = 4096  # at most up to here
     recheck_steps: int = 1024  # while speculating: how often plain decode is timed again
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
@@ -259,6 +261,16 @@ class Policy:
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
         return max(goodputs[1:]) < goodputs[0]
 
+    def _affordable_steps(self, batch: int) -> int:
+        """Plain steps of which a probe like the last costs ``probe_share``."""
+        size = self.times.nearest(batch, self.max_draft_tokens)
+        plain, drafting = self.times.estimate(size, 0), self.times.estimate(size, self.max_draft_tokens)
+        if plain is None or drafting is None:
+            return self.settings.max_probe_steps
+        lost = self._steps_since_trial * (drafting / plain - self.acceptance.expected_tokens(self.max_draft_tokens))
+        affordable = max(self.settings.first_probe_steps, math.ceil(lost / self.settings.probe_share))
+        return min(affordable, self.settings.max_probe_steps)
+
     def _unknown(self, batch: int) -> int | None:
         """K to time at this batch size. The ends of the range must be known; between them a line will do.
 
@@ -293,7 +305,7 @@ class Policy:
             self._steps_since_change = self._steps_since_trial = 0
             self._probe_steps = self.settings.first_probe_steps
         elif after_trial and self._is_probe:
-            self._probe_steps = min(2 * self._probe_steps, self.settings.max_probe_steps)
+            self._probe_steps = min(2 * self._probe_steps, self._affordable_steps(batch))
         others = {k: value for k, value in known.items() if k != before}
         other = before if is_better else max(others, key=lambda k: others[k], default=None)
         if (is_better or after_trial) and other is not None:

@@ -19,21 +19,24 @@ from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import open_arms
 from specdec.evaluation.suites import load_suite
 
-CONCURRENCY = 2
-NUM_PROMPTS = 24  # of each phase
+CONCURRENCY = 4  # where a draft must gain two thirds of a token to pay
+NUM_PROMPTS = 48  # of each phase
 TOKENS = 96
 # Nothing of it was in the head's training: other languages and free text.
-TOPICS = ("la mer", "un vieux train", "le marché", "une île", "la neige", "un musicien", "le désert", "une lettre")
+TOPICS = (
+    "la mer", "un vieux train", "le marché", "une île", "la neige", "un musicien", "le désert", "une lettre",
+    "un jardin", "la pluie", "un phare", "le silence", "un voleur", "une montagne", "le pain", "un miroir",
+)  # fmt: skip
 FOREIGN = (
     "Écris une courte histoire sur {}.", "Raconte un rêve étrange sur {}.", "Compose un poème en prose sur {}.",
 )  # fmt: skip
 
 
 def phases() -> dict[str, Path]:
-    """Prompt files: before, changed, after."""
-    home = [item.turns[0] for item in load_suite("reasoning-gym", 2 * NUM_PROMPTS, seed=11).items]
+    """Prompt files: before, changed, and after, which is before again (no request reuses another's cached prefix)."""
+    home = [item.turns[0] for item in load_suite("reasoning-gym", NUM_PROMPTS, seed=11).items]
     foreign = [text.format(topic) for text in FOREIGN for topic in TOPICS]
-    prompts = {"before": home[:NUM_PROMPTS], "changed": foreign[:NUM_PROMPTS], "after": home[NUM_PROMPTS:]}
+    prompts = {"before": home, "changed": foreign[:NUM_PROMPTS], "after": home}
     paths = {}
     for name, texts in prompts.items():
         paths[name] = WORK / f"{name}.jsonl"

@@ -121,6 +121,17 @@ def test_a_head_that_turns_bad_and_good_again_comes_back():
     assert engine.against_oracle > 0.93
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_however_long_it_was_bad_a_head_comes_back_soon(batch):
+    engine = Engine(Policy(K, GOOD)).run(500, batch, GOOD).run(8000, batch, BAD)
+    begun = len(engine.widths)
+    late = engine.widths[4000:]
+    assert sum(width > 0 for width in late) < 0.02 * len(late)
+    engine.run(1500, batch, (0.9, 0.9, 0.9))
+    back = next(i for i in range(1500) if min(engine.widths[begun + i : begun + i + 40]) > 0)
+    assert back < 800, back
+
+
 def test_high_acceptance_does_not_keep_a_losing_speculation_alive():
     def dear(batch: int, width: int) -> float:
         return 0.02 * (1 + 1.5 * width)
