@@ -1,0 +1,25 @@
+"""A worker with clocks and without the cuts: drafts as vLLM makes them by itself (``--worker-extension-cls``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+from experiments.step_anatomy import worker
+
+worker.SPEC_PROCESS = "worker-uncut"
+greedy_sample = SpecDecodeBaseProposer._greedy_sample
+
+
+def over_all_tokens(self: Any, hidden_states: Any) -> Any:
+    """The argmax over logits that were spread over the target's whole vocabulary."""
+    self.use_local_argmax_reduction = False
+    return greedy_sample(self, hidden_states)
+
+
+SpecDecodeBaseProposer._greedy_sample = over_all_tokens  # type: ignore[method-assign]
+
+
+class Worker:
+    """Adds nothing: importing this module is what counts."""
