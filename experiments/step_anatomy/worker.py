@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from experiments.step_anatomy.clocks import Clocks
@@ -33,7 +34,7 @@ for owner, name, label in (
 ):
     clocks.wrap(owner, name, label)
 
-execute_model, load_model = GPUModelRunner.execute_model, GPUModelRunner.load_model
+execute_model, load_model = GPUModelRunner.execute_model, CPUModelRunner.load_model
 
 
 @functools.wraps(execute_model)
@@ -54,7 +55,7 @@ def load(self: Any, *args: Any, **kwargs: Any) -> None:
             clocks.wrap(self.drafter.model, "combine_hidden_states", "head: fusion of the features")
 
 
-GPUModelRunner.execute_model, GPUModelRunner.load_model = execute, load  # type: ignore[method-assign]
+GPUModelRunner.execute_model, CPUModelRunner.load_model = execute, load  # type: ignore[method-assign]
 
 
 class Worker:
