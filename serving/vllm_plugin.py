@@ -20,6 +20,8 @@ generator has no offset: the exception ends the engine.
 
 **Top-p without sorting the vocabulary** (``serving/nucleus.py``), in servers and offline engines.
 
+**Verification without copies and with quicker noise** (``serving/verification.py``).
+
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
 """
@@ -35,6 +37,7 @@ from typing import Any
 
 from serving.catch_up import with_catch_up
 from serving.nucleus import without_sort
+from serving.verification import by_one_argmax, with_quick_noise
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -65,6 +68,7 @@ def register() -> None:
         CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
         CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
         _patch_top_p()
+        _patch_verification()
 
 
 def answer(engine: Any, request: str) -> str:
@@ -90,6 +94,15 @@ def _patch_top_p() -> None:
 
     if not hasattr(topk_topp_sampler.apply_top_k_top_p_pytorch, "__wrapped__"):  # else: loaded before
         topk_topp_sampler.apply_top_k_top_p_pytorch = without_sort(topk_topp_sampler.apply_top_k_top_p_pytorch)
+
+
+def _patch_verification() -> None:
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    if not hasattr(RejectionSampler.forward, "__wrapped__"):  # else: loaded before
+        RejectionSampler.forward = by_one_argmax(RejectionSampler.forward)
+        rejection_sampler.sample_recovered_tokens = with_quick_noise(rejection_sampler.sample_recovered_tokens)
 
 
 def any_width(propose: Any) -> Any:

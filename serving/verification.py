@@ -1,0 +1,107 @@
+"""Verification on CPU without work that changes nothing (``experiments/step_anatomy`` shows what it cost).
+
+**Greedy.** vLLM 0.32's rejection sampler gathers the logits of all draft tokens, converts them to float32, clones them
+for log-probabilities that nobody may have asked for, and takes torch's argmax. Where every request is greedy and
+nothing is to change the logits, the same tokens follow from the logits as they came, by the kernel that vLLM has for
+plain decode.
+
+**Sampled.** A rejected draft token is replaced by the largest of p / q with q exponential noise, one draw for each
+token of the vocabulary. torch draws it on one core, slower than -log(u) with u uniform, which is distributed alike.
+Requests with a seed keep torch's draws, so that a seed gives what it gave.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+PLACEHOLDER = -1  # vLLM's, of a rejected token
+
+
+def by_one_argmax(forward: Any) -> Any:
+    """``RejectionSampler.forward``, called only where greedy verification takes more than an argmax."""
+
+    @functools.wraps(forward)
+    def verify(sampler: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        if sampler.synthetic_mode or not leaves_logits_alone(sampling_metadata):
+            return forward(sampler, metadata, draft_probs, logits, sampling_metadata)
+        import torch
+        from vllm.v1.outputs import SamplerOutput
+        from vllm.v1.sample.rejection_sampler import _rejection_greedy_sample
+
+        best = torch.ops._C.greedy_argmax(logits.float()).flatten()
+        shape = len(metadata.num_draft_tokens), metadata.max_spec_len + 1
+        sampled = torch.full(shape, PLACEHOLDER, dtype=torch.int32)
+        _rejection_greedy_sample(
+            sampled,
+            metadata.cu_num_draft_tokens,
+            metadata.draft_token_ids,
+            best[metadata.target_logits_indices],
+            best[metadata.bonus_logits_indices].unsqueeze(1),
+            None,  # every request is greedy
+            metadata.max_spec_len,
+            None,
+            None,
+        )
+        return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+
+    return verify
+
+
+def leaves_logits_alone(sampling_metadata: Any) -> bool:
+    """Whether every request takes the largest of the logits as they are, and wants no log-probabilities."""
+    budgets = sampling_metadata.thinking_budget_state_holder
+    return bool(
+        sampling_metadata.all_greedy
+        and sampling_metadata.max_num_logprobs is None
+        and not sampling_metadata.logprob_token_ids
+        and sampling_metadata.no_penalties
+        and sampling_metadata.allowed_token_ids_mask is None
+        and not sampling_metadata.bad_words_token_ids
+        and (budgets is None or not budgets.has_tracked_requests())
+        and all(map(_is_idle, sampling_metadata.logitsprocs.non_argmax_invariant))
+    )
+
+
+def _is_idle(processor: Any) -> bool:
+    """A logit bias or a minimum of tokens that no request asks for; other processors count as busy."""
+    state = {"LogitBiasLogitsProcessor": "biases", "MinTokensLogitsProcessor": "min_toks"}.get(type(processor).__name__)
+    return state is not None and not getattr(processor, state)
+
+
+def with_quick_noise(sample_recovered_tokens: Any) -> Any:
+    """``sample_recovered_tokens`` of vLLM's rejection sampler; its own where float64 noise is asked for."""
+
+    @functools.wraps(sample_recovered_tokens)
+    def sample(
+        max_spec_len: int,
+        num_draft_tokens: list[int],
+        cu_num_draft_tokens: Any,
+        draft_token_ids: Any,
+        draft_probs: Any,
+        target_probs: Any,  # [tokens, vocab]
+        sampling_metadata: Any,
+        device: Any,
+        use_fp64_gumbel: bool = False,
+    ) -> Any:
+        if use_fp64_gumbel:
+            return sample_recovered_tokens(
+                max_spec_len, num_draft_tokens, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs,
+                sampling_metadata, device, use_fp64_gumbel,
+            )  # fmt: skip
+        import torch
+        from vllm.v1.sample.rejection_sampler import _sample_recovered_tokens
+
+        # u = 0 gives an infinite q: that token is not drawn, as it would not be in one of 2^24 draws.
+        noise = torch.rand(len(num_draft_tokens), target_probs.shape[-1], device=device).log_().neg_()
+        for i, generator in sampling_metadata.generators.items():
+            if num_draft_tokens[i] > 0:
+                noise[i].exponential_(generator=generator)
+        recovered = torch.empty_like(draft_token_ids)
+        _sample_recovered_tokens(
+            recovered, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs, noise.reciprocal_(),
+            max_spec_len=max_spec_len,
+        )  # fmt: skip
+        return recovered
+
+    return sample
