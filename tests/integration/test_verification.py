@@ -48,7 +48,8 @@ def greedy(**changes):
     none = torch.empty(0)
     asked = SamplingMetadata(
         temperature=None, all_greedy=True, all_random=False, top_p=None, top_k=None, generators={},
-        max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=none, presence_penalties=none,
+        max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=none,
+        presence_penalties=none,
         repetition_penalties=none, output_token_ids=[[] for _ in WIDTHS], allowed_token_ids_mask=None,
         bad_words_token_ids={}, logitsprocs=LogitsProcessors(), spec_token_ids=[[] for _ in WIDTHS],
     )  # fmt: skip
