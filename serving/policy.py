@@ -19,6 +19,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
@@ -51,7 +52,7 @@ class PolicySettings:
     first_probe_steps: int = 128  # from a change to plain decode to the first probe
     probe_share: float = 0.01  # of the time: while probes don't pay their interval doubles, until they cost no more,
     max_probe_steps: int = 4096  # at most up to here
-    recheck_steps: int = 1024  # while speculating: how often plain decode is timed again
+    recheck_steps: int = 512  # while speculating: how often another K is timed again, each in its turn
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     time_window: int = 33  # steps that count, of each batch size and K
@@ -127,17 +128,39 @@ class AcceptanceModel:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Median seconds of the last decode steps by batch size (in powers of two) and K."""
+    """Median seconds of the last decode steps by batch size (in powers of two) and K.
+
+    A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
+    size moves with it, as soon as its own median is that of a full window of such steps; before, the median still
+    moves because it becomes more certain. And since a step that drafts more does more, a wider step never counts as
+    faster than a narrower one: what was measured so was measured at different moments.
+    """
 
     window: int
     _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     _medians: dict[tuple[int, int], float] = field(default_factory=dict)
+    _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
+    _num_served: int = 0  # and how many came in a row
 
-    def observe(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
+    def observe(self, batch: int, num_draft_tokens: int, seconds: float, is_trial: bool = False) -> None:
+        """A step took so long; ``is_trial``: with a K that is not being served."""
         key = bucket(batch), num_draft_tokens
         last = self._last.setdefault(key, deque(maxlen=self.window))
+        before = self._medians.get(key, 0.0)
         last.append(seconds)
         self._medians[key] = statistics.median(last)
+        if is_trial:
+            return
+        self._num_served = self._num_served + 1 if key == self._served else 1
+        self._served = key
+        if self._num_served > self.window and before > 0 and self._medians[key] > 0:
+            self._move_others(key, self._medians[key] / before)
+
+    def _move_others(self, key: tuple[int, int], factor: float) -> None:
+        for other in self._medians:
+            if other[0] == key[0] and other != key:
+                self._medians[other] *= factor
+                self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
 
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:
         """At most the window."""
@@ -151,6 +174,8 @@ class StepTimes:
     def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
         """Seconds; between two measured widths by a straight line, None outside them."""
         row = sorted((k, seconds) for (size, k), seconds in self._medians.items() if size == bucket(batch))
+        rising = list(accumulate((seconds for _, seconds in row), max))
+        row = [(k, seconds) for (k, _), seconds in zip(row, rising, strict=True)]
         below = [item for item in row if item[0] <= num_draft_tokens]
         above = [item for item in row if item[0] >= num_draft_tokens]
         if not below or not above:
@@ -188,6 +213,7 @@ class Policy:
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
         self._is_probe = False
+        self._rechecked = self.max_draft_tokens
         self._probe_steps = self.settings.first_probe_steps
         self._num_steps = 0
         self._untimed: dict[tuple[int, int], tuple[int, int]] = {}  # batch and K -> step of the next trial, interval
@@ -215,7 +241,7 @@ class Policy:
 
     def observe_step(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
         """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again."""
-        self.times.observe(batch, num_draft_tokens, seconds)
+        self.times.observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
 
     def choose(self, batch: int) -> int:
         """K for the next step at this batch size; called once a step."""
@@ -243,13 +269,19 @@ class Policy:
             steps = max(self.settings.trial_steps, self.settings.probe_drafts // batch)
             return self._try(self.max_draft_tokens, "probing whether speculation pays again", steps, is_probe=True)
         if self.chosen > 0 and self._steps_since_trial >= self.settings.recheck_steps:
-            return self._try(0, "timing plain decode again")
+            self._rechecked = self._next_width()
+            return self._try(self._rechecked, f"timing K={self._rechecked} again")
         return self.chosen
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
         """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""
         seconds = self.times.estimate(self.times.nearest(batch, self.max_draft_tokens), num_draft_tokens)
         return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
+
+    def _next_width(self) -> int:
+        """The K after the one that was last timed again, but for the one that is served; plain decode first."""
+        following = (self._rechecked + 1) % (self.max_draft_tokens + 1)
+        return following if following != self.chosen else (following + 1) % (self.max_draft_tokens + 1)
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""

@@ -156,6 +156,18 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads on, off, yes and no as words, for ``serve.policy=off`` is no truth value."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+WORDS = {"on": True, "yes": True, "off": False, "no": False}  # where a truth value is wanted
+
+
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> RunConfig:
     """Read ``path`` (YAML, may be None), then apply ``section.key=value`` overrides in order.
 
@@ -165,7 +177,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(path.read_text()) or {}
+            tree = yaml.load(path.read_text(), _Loader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"cannot read config {path}: {error}") from error
         if not isinstance(tree, dict):
@@ -183,7 +195,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override!r}: {parent!r} is a value, not a section")
         try:
-            node[leaf] = yaml.safe_load(value)
+            node[leaf] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"--set {override!r}: the value is not valid YAML; quote it") from error
     return from_dict(RunConfig, tree)
@@ -221,6 +233,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             pass
     if origin is str and isinstance(value, int) and not isinstance(value, bool):  # threads_bind=0, revision=1234567
         value = str(value)
+    if origin is bool and isinstance(value, str):
+        value = WORDS.get(value.lower(), value)
     if origin is list and not isinstance(value, list):
         value = [value]
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):

@@ -90,11 +90,7 @@ def main() -> None:
                 modes = (
                     ["eval.sampled=false", f"eval.repeats={options.repeats}"]
                     if temperature == 0
-                    else [
-                        "eval.greedy=false",
-                        f"eval.temperature={temperature}",
-                        f"eval.num_samples=[{options.repeats}]",
-                    ]
+                    else ["eval.greedy=false", f"eval.temperature={temperature}"]
                 )
                 evaluate(
                     WORK / f"c{concurrency.replace(',', '-')}-t{temperature}",

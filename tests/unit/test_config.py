@@ -106,3 +106,16 @@ def test_missing_file_is_refused(tmp_path: Path):
 def test_sections_are_keyword_only():
     with pytest.raises(TypeError):
         ServeConfig("0.0.0.0")  # type: ignore[misc]
+
+
+def test_off_is_a_word_where_words_are_wanted_and_a_truth_value_where_those_are(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("serve:\n  policy: off\n  speculation: no\n")
+    assert load_config(path).serve.policy == "off" and load_config(path).serve.speculation is False
+    config = load_config(None, ["serve.policy=off", "train.tensorboard=on", "eval.sampled=false"])
+    assert (config.serve.policy, config.train.tensorboard, config.eval.sampled) == ("off", True, False)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(config))
+    assert load_config(again) == config
+    with pytest.raises(ValueError, match=r"train\.tensorboard must be bool, got 'maybe'"):
+        load_config(None, ["train.tensorboard=maybe"])
