@@ -15,14 +15,12 @@ Pure Python; knows no server.
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
+
+from serving.estimates import AcceptanceModel, StepTimes, bucket
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
-DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 STATIC = "static"  # no policy: vLLM's own scheduler, K at every step
 
 
@@ -58,135 +56,6 @@ class PolicySettings:
     time_window: int = 33  # steps that count, of each batch size and K
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
-
-
-@dataclass(slots=True)
-class AcceptanceModel:
-    """Decayed counts of how often position i was accepted when it was reached.
-
-    The prior counts as ``prior_weight`` drafts. When the first position, which every draft reaches, falls ``DOUBT``
-    standard deviations below it, what training said of it is taken back, and what it said of the others, which are then
-    seldom reached, is lowered by the same factor: a useless head is soon seen.
-    """
-
-    prior: list[float]
-    window: float
-    prior_weight: float
-    tries: list[float] = field(default_factory=list)
-    hits: list[float] = field(default_factory=list)
-    prior_tries: list[float] = field(default_factory=list)  # the prior's part of ``tries``
-
-    def __post_init__(self) -> None:
-        self.prior_tries = [self.prior_weight] * len(self.prior)
-        self.tries = [self.prior_weight] * len(self.prior)
-        self.hits = [self.prior_weight * rate for rate in self.prior]
-
-    def observe(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
-        """``count`` drafts of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
-        keep = (1 - 1 / self.window) ** count
-        weight = (1 - keep) * self.window
-        for i in range(min(num_drafted, num_accepted + 1, len(self.tries))):
-            self.tries[i] = keep * self.tries[i] + weight
-            self.hits[i] = keep * self.hits[i] + weight * (i < num_accepted)
-            self.prior_tries[i] *= keep
-        if self.tries:
-            self._doubt()
-
-    def forget(self, num_drafts: float) -> None:
-        """Let what was seen so far count as ``num_drafts`` drafts at most, so that what comes next decides."""
-        for i, tries in enumerate(self.tries):
-            if tries > num_drafts:
-                self.hits[i] *= num_drafts / tries
-                self.prior_tries[i] *= num_drafts / tries
-                self.tries[i] = num_drafts
-
-    def _doubt(self) -> None:
-        prior, weight = self.prior[0], self.prior_tries[0]
-        seen = self.tries[0] - weight
-        missing = seen * prior - (self.hits[0] - weight * prior)
-        if weight and seen >= DOUBT_DRAFTS and missing > DOUBT * math.sqrt(seen * prior * (1 - prior)):
-            self.tries[0], self.prior_tries[0] = seen, 0.0
-            self.hits[0] = max(0.0, self.hits[0] - weight * prior)
-            lost = 1 - self.hits[0] / (seen * prior)
-            for i in range(1, len(self.hits)):
-                self.hits[i] = max(0.0, self.hits[i] - lost * self.prior_tries[i] * self.prior[i])
-                self.prior[i] *= 1 - lost
-
-    @property
-    def conditional_rates(self) -> list[float]:
-        """Acceptance of position i among the drafts accepted before it."""
-        return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
-
-    def expected_tokens(self, num_draft_tokens: int, imagined: float = 0.0) -> float:
-        """Tokens a sequence gains in a step, its bonus token included. ``imagined``: acceptances added everywhere."""
-        expected = reached = 1.0
-        for hits, tries in zip(self.hits[:num_draft_tokens], self.tries, strict=False):
-            reached *= (hits + imagined) / (tries + imagined)
-            expected += reached
-        return expected
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Median seconds of the last decode steps by batch size (in powers of two) and K.
-
-    A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
-    size moves with it, as soon as its own median is that of a full window of such steps; before, the median still
-    moves because it becomes more certain. And since a step that drafts more does more, a wider step never counts as
-    faster than a narrower one: what was measured so was measured at different moments.
-    """
-
-    window: int
-    _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    _medians: dict[tuple[int, int], float] = field(default_factory=dict)
-    _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
-    _num_served: int = 0  # and how many came in a row
-
-    def observe(self, batch: int, num_draft_tokens: int, seconds: float, is_trial: bool = False) -> None:
-        """A step took so long; ``is_trial``: with a K that is not being served."""
-        key = bucket(batch), num_draft_tokens
-        last = self._last.setdefault(key, deque(maxlen=self.window))
-        before = self._medians.get(key, 0.0)
-        last.append(seconds)
-        self._medians[key] = statistics.median(last)
-        if is_trial:
-            return
-        self._num_served = self._num_served + 1 if key == self._served else 1
-        self._served = key
-        if self._num_served > self.window and before > 0 and self._medians[key] > 0:
-            self._move_others(key, self._medians[key] / before)
-
-    def _move_others(self, key: tuple[int, int], factor: float) -> None:
-        for other in self._medians:
-            if other[0] == key[0] and other != key:
-                self._medians[other] *= factor
-                self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
-
-    def num_observed(self, batch: int, num_draft_tokens: int) -> int:
-        """At most the window."""
-        return len(self._last.get((bucket(batch), num_draft_tokens), ()))
-
-    def nearest(self, batch: int, max_draft_tokens: int) -> int:
-        """The batch size closest to ``batch`` whose plain and widest steps were timed; ``batch`` where none was."""
-        sizes = [size for size, k in self._medians if k == 0 and (size, max_draft_tokens) in self._medians]
-        return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)
-
-    def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
-        """Seconds; between two measured widths by a straight line, None outside them."""
-        row = sorted((k, seconds) for (size, k), seconds in self._medians.items() if size == bucket(batch))
-        rising = list(accumulate((seconds for _, seconds in row), max))
-        row = [(k, seconds) for (k, _), seconds in zip(row, rising, strict=True)]
-        below = [item for item in row if item[0] <= num_draft_tokens]
-        above = [item for item in row if item[0] >= num_draft_tokens]
-        if not below or not above:
-            return None
-        (k0, t0), (k1, t1) = below[-1], above[0]
-        return t0 if k0 == k1 else t0 + (t1 - t0) * (num_draft_tokens - k0) / (k1 - k0)
-
-
-def bucket(batch: int) -> int:
-    """The power of two at or above ``batch``."""
-    return 1 << max(0, batch - 1).bit_length()
 
 
 class Policy:

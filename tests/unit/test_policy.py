@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policy import AcceptanceModel, Policy, PolicySettings, StepTimes, bucket
+from serving.estimates import AcceptanceModel, StepTimes, bucket
+from serving.policy import Policy, PolicySettings
 
 K = 3
 GOOD, BAD = (0.65, 0.6, 0.55), (0.05, 0.05, 0.05)
