@@ -4,6 +4,8 @@
 
 **Plain decode without the head's forward** (``serving/catch_up.py``).
 
+**Drafts with the sampled tokens**, where the worker is a process of its own (``serving/draft_reply.py``).
+
 **Medusa.** With any number of draft tokens: vLLM 0.32's proposer takes only the number it was started with. And with a
 truncated vocabulary: vLLM 0.32 makes the file's ``token_map`` a parameter while it loads, does not count it as loaded,
 and then refuses the head because a parameter is missing from its file.
@@ -36,6 +38,7 @@ import sys
 from typing import Any
 
 from serving.catch_up import with_catch_up
+from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.nucleus import without_sort
 from serving.verification import by_one_argmax, with_quick_noise
 
@@ -48,6 +51,7 @@ def register() -> None:
 
     if (core := sys.modules.get("vllm.v1.engine.core")) is not None:  # loaded in the engine's process alone
         core.EngineCore.specdec = answer
+        _patch_executor()
     process = multiprocessing.current_process().name
     in_worker = process.startswith("VllmWorker")
     # Only where a worker lives are the runners' imports not wasted; a single GPU's lives in the engine's process.
@@ -55,7 +59,7 @@ def register() -> None:
         try:
             _patch_runner()
         except (ImportError, AttributeError) as error:
-            logger.error("specdec: plain decode keeps the head's forward: %s", error)
+            logger.error("specdec: speculation stays as vLLM has it: %s", error)
     if not current_platform.is_cpu():
         return
     from vllm.utils import cpu_triton_utils
@@ -78,15 +82,25 @@ def answer(engine: Any, request: str) -> str:
     return head_swap.answer(engine, request)
 
 
+def _patch_executor() -> None:
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    if not hasattr(MultiprocExecutor.take_draft_token_ids, "__wrapped__"):  # else: loaded before
+        MultiprocExecutor.sample_tokens = keeping_drafts(MultiprocExecutor.sample_tokens)
+        MultiprocExecutor.take_draft_token_ids = from_kept(MultiprocExecutor.take_draft_token_ids)
+
+
 def _patch_runner() -> None:
     from vllm.model_executor.models.medusa import Medusa
     from vllm.v1.spec_decode.medusa import MedusaProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
 
     if not hasattr(GPUModelRunner.propose_draft_token_ids, "__wrapped__"):  # else: loaded before
         GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
         MedusaProposer.propose = any_width(MedusaProposer.propose)
         Medusa.load_weights = with_token_map(Medusa.load_weights)
+        Worker.sample_tokens = with_drafts(Worker.sample_tokens)
 
 
 def _patch_top_p() -> None:
