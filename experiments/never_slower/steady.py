@@ -22,7 +22,7 @@ from specdec.manifest import HeadManifest
 
 WORK = Path("runs/never_slower")
 # Few requests where they come one by one, several rounds where many run at once.
-LOADS = (("1,2,4", 12), ("8,16,32", 64))
+LOADS = (("1,2,4", 10), ("8,16,32", 64))
 TEMPERATURES = (0.0, 0.6)
 AGAIN = "plain_again"
 FIRST_PORT = 8720  # fixed, so that an interrupted run finds the same arms
