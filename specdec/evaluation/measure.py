@@ -64,6 +64,7 @@ class _Session:
         self, clients: dict[str, ArmClient], journal: Journal, seed: int, advance: Callable[[int, str], None]
     ) -> None:
         self.clients, self.journal, self.seed, self.advance = clients, journal, seed, advance
+        self._waking: dict[str, str] = {}  # by arm, the task that it was asked last
         self.cut_short: list[BlockRun] = []  # measured in part when the run was interrupted; repeated on resume
 
     async def run(self, steps: list[Step]) -> None:
@@ -112,8 +113,11 @@ class _Session:
             busy_sec=0.0, records=[],
         )  # fmt: skip
         # While the others had their turn its memory went cold: for up to 20 steps single ones take ten times as long.
-        # No server that works knows that, so it is no part of the measurement.
-        await client.chat([{"role": "user", "content": WARMUP_PROMPT}], WAKING_TOKENS, 0.0)
+        # No server that works knows that, so it is no part of the measurement. It is woken with a task that it had
+        # before: a policy learns from it too, and from another kind of prompt would learn what the suite does not hold.
+        waking = self._waking.get(client.arm.name, WARMUP_PROMPT)
+        await client.chat([{"role": "user", "content": waking}], WAKING_TOKENS, 0.0)
+        self._waking[client.arm.name] = step.tasks[-1].item.turns[0]
         before = await _page(client, run)
         times = load.offsets(cell.arrival, cell.rate, len(step.tasks), f"{self.seed}/{cell.name}/{step.block}")
         wall_start, cpu_start = time.perf_counter(), time.process_time()
