@@ -60,16 +60,17 @@ class CatchUp:
     ) -> Any:
         """As the proposer's own; at K = 0 it may return its empty drafts without running the head."""
         metadata = common_attn_metadata
-        verified_drafts = kwargs.get("num_rejected_tokens_gpu") is not None
         inputs = target_token_ids, target_positions, target_hidden_states
         try:
-            if num_speculative_tokens == 0 and not verified_drafts and self._keep(inputs, metadata):
+            if num_speculative_tokens == 0 and self._keep(inputs, metadata):
                 return next_token_ids.new_empty((metadata.batch_size(), 0))
             if self.waiting:
                 waiting, self.waiting = self.waiting, []
-                # A step after one at K = 0 verifies nothing, so its inputs are as plain as those that wait.
-                if not verified_drafts and metadata.batch_size() == len(self.input_batch.req_ids):
+                # Drafts are verified in the step after one that drafted, and that one left nothing waiting: so no token
+                # of this step is rejected, and the last of each sequence is the one to draft after.
+                if metadata.batch_size() == len(self.input_batch.req_ids):
                     inputs, metadata = self._merge(waiting, inputs, metadata)
+                    token_indices_to_sample = metadata.query_start_loc[1:] - 1
         except Exception as error:
             self.has_failed, self.waiting = True, []
             logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
@@ -86,7 +87,7 @@ class CatchUp:
         return drafts if self.fixed_width is None else drafts[:, :num_speculative_tokens]
 
     def _keep(self, inputs: tuple[Any, Any, Any], metadata: Any) -> bool:
-        """Let these inputs wait, if they can."""
+        """Let these inputs wait, if they can: one token of each sequence, so none of them a draft."""
         only_decodes = metadata.max_query_len == 1 and len(inputs[0]) == metadata.batch_size()
         if self.has_failed or not only_decodes or not self._has_room(metadata):
             return False

@@ -8,8 +8,8 @@ each candidate K is judged by expected tokens over measured step time,
 with c the conditional acceptance rates of the last drafts and T the median time of decode steps (a machine's pauses
 have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each;
 until that succeeds, the nearest batch size that is known decides), what may have changed is tried again: from plain
-decode a short probe now and then, further apart each time that it does not pay, until probes cost next to nothing.
-Pure Python; knows no server.
+decode a short probe now and then, as far apart as it takes for probes to cost next to nothing. Pure Python; knows no
+server.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class PolicySettings:
     margin: float = 0.03  # a change must promise this much more goodput
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
-    probe_drafts: int = 24  # of a probe, from all sequences of the batch together
+    probe_drafts: int = 12  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
-    first_probe_steps: int = 128  # from a change to plain decode to the first probe
-    probe_share: float = 0.01  # of the time: while probes don't pay their interval doubles, until they cost no more,
-    max_probe_steps: int = 4096  # at most up to here
+    probe_share: float = 0.01  # of the time, that probes which don't pay may cost
+    min_probe_steps: int = 128  # from a change to plain decode, or a probe, to the next probe: at least,
+    max_probe_steps: int = 4096  # and at most
     recheck_steps: int = 512  # while speculating: how often another K is timed again, each in its turn
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
@@ -83,7 +83,7 @@ class Policy:
         self._trial = None
         self._is_probe = False
         self._rechecked = self.max_draft_tokens
-        self._probe_steps = self.settings.first_probe_steps
+        self._probe_steps = self.settings.min_probe_steps
         self._num_steps = 0
         self._untimed: dict[tuple[int, int], tuple[int, int]] = {}  # batch and K -> step of the next trial, interval
 
@@ -135,8 +135,8 @@ class Policy:
             self._decide(batch)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
-            steps = max(self.settings.trial_steps, self.settings.probe_drafts // batch)
-            return self._try(self.max_draft_tokens, "probing whether speculation pays again", steps, is_probe=True)
+            why = "probing whether speculation pays again"
+            return self._try(self.max_draft_tokens, why, self._steps_of_probe(batch), is_probe=True)
         if self.chosen > 0 and self._steps_since_trial >= self.settings.recheck_steps:
             self._rechecked = self._next_width()
             return self._try(self._rechecked, f"timing K={self._rechecked} again")
@@ -162,15 +162,19 @@ class Policy:
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
         return max(goodputs[1:]) < goodputs[0]
 
-    def _affordable_steps(self, batch: int) -> int:
-        """Plain steps of which a probe like the last costs ``probe_share``."""
+    def _steps_of_probe(self, batch: int) -> int:
+        """The first only drafts."""
+        return 1 + math.ceil(self.settings.probe_drafts / batch)
+
+    def _steps_between_probes(self, batch: int, num_steps: int) -> int:
+        """Plain steps of which a probe of ``num_steps`` costs ``probe_share``."""
         size = self.times.nearest(batch, self.max_draft_tokens)
         plain, drafting = self.times.estimate(size, 0), self.times.estimate(size, self.max_draft_tokens)
         if plain is None or drafting is None:
             return self.settings.max_probe_steps
-        lost = self._steps_since_trial * (drafting / plain - self.acceptance.expected_tokens(self.max_draft_tokens))
-        affordable = max(self.settings.first_probe_steps, math.ceil(lost / self.settings.probe_share))
-        return min(affordable, self.settings.max_probe_steps)
+        lost = drafting / plain - self.acceptance.expected_tokens(self.max_draft_tokens)  # of a step
+        steps = math.ceil(num_steps * lost / self.settings.probe_share)
+        return min(max(steps, self.settings.min_probe_steps), self.settings.max_probe_steps)
 
     def _unknown(self, batch: int) -> int | None:
         """K to time at this batch size. The ends of the range must be known; between them a line will do.
@@ -180,7 +184,7 @@ class Policy:
         for width in (self.max_draft_tokens, 0):
             if self.times.num_observed(batch, width) >= 2:
                 continue
-            next_step, interval = self._untimed.get((bucket(batch), width), (0, self.settings.first_probe_steps))
+            next_step, interval = self._untimed.get((bucket(batch), width), (0, self.settings.min_probe_steps))
             if self._num_steps >= next_step:
                 later = self._num_steps + interval, min(2 * interval, self.settings.max_probe_steps)
                 self._untimed[bucket(batch), width] = later
@@ -204,9 +208,9 @@ class Policy:
         if is_better:
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
-            self._probe_steps = self.settings.first_probe_steps
+            self._probe_steps = self.settings.min_probe_steps
         elif after_trial and self._is_probe:
-            self._probe_steps = min(2 * self._probe_steps, self._affordable_steps(batch))
+            self._probe_steps = self._steps_between_probes(batch, self._steps_since_trial)
         others = {k: value for k, value in known.items() if k != before}
         other = before if is_better else max(others, key=lambda k: others[k], default=None)
         if (is_better or after_trial) and other is not None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +75,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[dict[str, Any]]:
-    """The ready line's facts of a server that ends with the block."""
+def served(folder: Path, *options: str, vllm: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The ready line's facts of a server that ends with the block; ``vllm``: flags that are vLLM's own."""
     log = folder / "stderr.log"
     command = [sys.executable, "-m", "specdec", "serve", *options, *(f"--set={item}" for item in SETTINGS)]
+    command += ["--", *vllm] if vllm else []
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:

@@ -57,7 +57,7 @@ class World:
         self.catch_up = CatchUp(self.drafter, self.batch)
         self.positions = dict(positions)
 
-    def step(self, width: int, rejected=None, lengths: dict[str, int] | None = None):
+    def step(self, width: int, rejected: int = 0, lengths: dict[str, int] | None = None):
         names = self.batch.req_ids
         lengths = {name: (lengths or {}).get(name, 1) for name in names}
         places = [p for name in names for p in range(self.positions[name], self.positions[name] + lengths[name])]
@@ -66,6 +66,7 @@ class World:
         for name in names:
             self.positions[name] += lengths[name]
         position, owner = torch.tensor(places), torch.tensor(owners)
+        num_rejected = torch.full((len(names),), rejected, dtype=torch.int32)
         metadata = Metadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -81,10 +82,10 @@ class World:
             target_positions=position,
             target_hidden_states=torch.stack([owner, position], -1).float(),
             next_token_ids=torch.tensor([100 * ord(name) + self.positions[name] for name in names]),
-            token_indices_to_sample=None,
+            token_indices_to_sample=starts[1:] - 1 - num_rejected,
             common_attn_metadata=metadata,
             sampling_metadata=None,
-            num_rejected_tokens_gpu=rejected,
+            num_rejected_tokens_gpu=num_rejected,
         )
 
     def read(self) -> list[list[int]]:
@@ -93,6 +94,7 @@ class World:
         metadata, names = inputs["common_attn_metadata"], self.batch.req_ids
         starts = metadata.query_start_loc.tolist()
         assert starts == metadata.query_start_loc_cpu.tolist() and starts[-1] == metadata.num_actual_tokens
+        assert inputs["token_indices_to_sample"].tolist() == [end - 1 for end in starts[1:]]
         found = []
         for row, name in enumerate(names):
             part = slice(starts[row], starts[row + 1])
@@ -114,7 +116,7 @@ def test_the_head_rests_while_nothing_is_drafted_and_reads_all_when_it_drafts_ag
     assert world.drafter.calls == []
     assert world.step(3).shape == (2, 3)
     assert world.read() == [[5, 6, 7, 8], [9, 10, 11, 12]]
-    world.step(3, rejected=torch.zeros(2))
+    world.step(3, lengths={"a": 4, "b": 4}, rejected=1)
     assert len(world.drafter.calls) == 2 and world.catch_up.waiting == []
 
 
@@ -155,14 +157,15 @@ def test_a_parallel_drafter_always_drafts_its_full_width():
     world = World(a=5)
     world.catch_up.fixed_width = 3
     assert world.step(2).shape == (1, 2)
-    assert world.step(0, rejected=torch.zeros(1)).shape == (1, 0)
+    assert world.step(0, lengths={"a": 3}).shape == (1, 0)
     assert [inputs["num_speculative_tokens"] for inputs in world.drafter.calls] == [3, 3]
 
 
 def test_a_step_that_verified_drafts_is_not_put_off():
     world = World(a=5)
-    world.step(0, rejected=torch.zeros(1))
+    world.step(0, lengths={"a": 4}, rejected=2)
     assert len(world.drafter.calls) == 1
+    assert world.drafter.calls[0]["token_indices_to_sample"].tolist() == [1]
 
 
 @pytest.mark.parametrize("what", ["_keep", "_merge"])

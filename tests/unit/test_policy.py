@@ -180,7 +180,7 @@ def test_the_first_probe_comes_no_sooner_than_its_time_after_speculation_has_end
     begun = len(engine.widths)
     engine.run(400, 2, BAD)
     plain = next(len(list(group)) for width, group in groupby(engine.widths[begun:]) if width == 0)
-    assert plain >= engine.policy.settings.first_probe_steps - 1
+    assert plain >= engine.policy.settings.min_probe_steps - 1
 
 
 def test_off_and_fixed_are_obeyed():
@@ -203,7 +203,7 @@ def test_rates_stay_rates(drafts):
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3), st.floats(1e-4, 1.0)), max_size=100))
 def test_whatever_is_observed_the_choice_is_a_width(steps):
-    policy = Policy(K, settings=PolicySettings(dwell_steps=1, trial_steps=2, first_probe_steps=3))
+    policy = Policy(K, settings=PolicySettings(dwell_steps=1, trial_steps=2, min_probe_steps=3))
     for batch, width, seconds in steps:
         policy.observe_step(batch, width, seconds)
         policy.observe_draft(width, width // 2)

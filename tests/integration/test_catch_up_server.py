@@ -1,0 +1,55 @@
+"""Plain decode in a real server with a head: the head rests, and afterwards drafts what it would have drafted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.test_four_heads import (
+    NEW_TOKENS,
+    Workplace,
+    complete,
+    make_workplace,
+    served,
+    served_acceptance,
+    trained_head,
+)
+
+pytestmark = pytest.mark.vllm
+
+BY_THE_CLOCK = ("--scheduler-cls", "experiments.plain_tax.alternating.alternating")
+EVERY_STEP = ("--worker-extension-cls", "experiments.plain_tax.every_step.Worker")
+COUNTING = ("--worker-extension-cls", "tests.integration.head_calls.Worker")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    pytest.importorskip("vllm", reason="needs vLLM")
+    return make_workplace(tmp_path_factory.mktemp("catch_up"), "llama")
+
+
+def ask_all(place: Workplace, facts: dict[str, Any]) -> tuple[int, list[int]]:
+    """Drafts and accepted tokens by position, of twice all prompts, one after the other."""
+    assert [complete(facts, ids) for ids in place.prompts * 2] == place.greedy * 2
+    return served_acceptance(facts)
+
+
+def test_the_head_rests_and_then_drafts_as_if_it_had_not(place: Workplace, tmp_path: Path, monkeypatch):
+    """40 plain steps and 24 drafting ones in turn, against vLLM's own way: the head runs in every step."""
+    trained_head(place, "eagle3", tmp_path / "head")
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("HEAD_CALLS", str(calls))
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))  # for the workers' classes
+    options = ("--target", str(place.files.path), "--head", str(tmp_path / "head"), "--policy", "auto")
+    counts = {}
+    for name, flags in (("rests", COUNTING), ("runs", EVERY_STEP)):
+        with served(tmp_path, *options, vllm=(*BY_THE_CLOCK, *flags)) as facts:
+            counts[name] = ask_all(place, facts)
+            steps = httpx.get(f"{facts['url']}/specdec/status", timeout=30, trust_env=False).json()["k_histogram"]
+    assert counts["rests"] == counts["runs"] and counts["rests"][1][0] > 20
+    num_plain_calls = calls.read_text().split().count("0")
+    # Prompts are read at once, and so are steps that verified drafts of the step before.
+    assert steps["0"] > 5 * NEW_TOKENS and num_plain_calls < steps["0"] / 4, (num_plain_calls, steps)
