@@ -159,12 +159,11 @@ class RunConfig:
 class _Loader(yaml.SafeLoader):
     """Reads on, off, yes and no as words, for ``serve.policy=off`` is no truth value."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 WORDS = {"on": True, "yes": True, "off": False, "no": False}  # where a truth value is wanted
 
 
