@@ -248,11 +248,15 @@ def test_an_engine_that_is_killed_under_load_serves_again_and_leaves_nothing(tin
                 answers.append(error)
 
         clients = [threading.Thread(target=ask) for _ in range(4)]
+        first = session_of(process)
+        engine = engine_core(first)
+        os.kill(engine, signal.SIGSTOP)
         for client in clients:
             client.start()
-        time.sleep(0.5)
-        first = session_of(process)
-        os.kill(engine_core(first), signal.SIGKILL)
+        time.sleep(1)  # all have asked, however slow this machine is
+        os.kill(engine, signal.SIGCONT)
+        time.sleep(0.1)  # none is answered, however fast it is
+        os.kill(engine, signal.SIGKILL)
         for client in clients:
             client.join()
         assert len(answers) == len(clients) and set(answers) != {200}, answers
