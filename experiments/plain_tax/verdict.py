@@ -16,7 +16,7 @@ def main() -> None:
     found: dict[str, Any] = {"speed_against_plain": {}, "acceptance": {}}
     for cell in tax["cells"]:
         found["speed_against_plain"][cell["name"]] = {
-            arm: [each["speedup_median"], *each["speedup_ci95"]] for arm, each in cell["comparisons"].items()
+            arm: [each["speedup_median"], *(each["speedup_ci95"] or ())] for arm, each in cell["comparisons"].items()
         }
     (cell,) = resume["cells"]
     for name, arm in cell["arms"].items():
