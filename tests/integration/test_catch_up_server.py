@@ -49,7 +49,14 @@ def test_the_head_rests_and_then_drafts_as_if_it_had_not(place: Workplace, tmp_p
         with served(tmp_path, *options, vllm=(*BY_THE_CLOCK, *flags)) as facts:
             counts[name] = ask_all(place, facts)
             steps = httpx.get(f"{facts['url']}/specdec/status", timeout=30, trust_env=False).json()["k_histogram"]
-    assert counts["rests"] == counts["runs"] and counts["rests"][1][0] > 20
+    # Equal where this was written; elsewhere the sums of one long forward may round another way than those of many.
+    (drafts, accepted), (drafts_running, accepted_running) = counts["rests"], counts["runs"]
+    assert drafts == pytest.approx(drafts_running, rel=0.1) and accepted[0] > 20
+    rates, rates_running = (
+        [number / reached for number, reached in zip(each, [num_drafts, *each], strict=False) if reached]
+        for num_drafts, each in ((drafts, accepted), (drafts_running, accepted_running))
+    )
+    assert rates == pytest.approx(rates_running, abs=0.05), counts
     num_plain_calls = calls.read_text().split().count("0")
     # Prompts are read at once, and so are steps that verified drafts of the step before.
     assert steps["0"] > 5 * NEW_TOKENS and num_plain_calls < steps["0"] / 4, (num_plain_calls, steps)
