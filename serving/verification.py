@@ -15,8 +15,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-PLACEHOLDER = -1  # vLLM's, of a rejected token
-
 
 def by_one_argmax(forward: Any) -> Any:
     """``RejectionSampler.forward``, called only where greedy verification takes more than an argmax."""
@@ -27,11 +25,11 @@ def by_one_argmax(forward: Any) -> Any:
             return forward(sampler, metadata, draft_probs, logits, sampling_metadata)
         import torch
         from vllm.v1.outputs import SamplerOutput
-        from vllm.v1.sample.rejection_sampler import _rejection_greedy_sample
+        from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, _rejection_greedy_sample
 
         best = torch.ops._C.greedy_argmax(logits.float()).flatten()
         shape = len(metadata.num_draft_tokens), metadata.max_spec_len + 1
-        sampled = torch.full(shape, PLACEHOLDER, dtype=torch.int32)
+        sampled = torch.full(shape, PLACEHOLDER_TOKEN_ID, dtype=torch.int32)
         _rejection_greedy_sample(
             sampled,
             metadata.cu_num_draft_tokens,

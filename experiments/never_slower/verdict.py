@@ -62,17 +62,17 @@ def turns() -> dict[tuple[float, int], list[dict[str, tuple[int, float]]]]:
     return {load: list(each.values()) for load, each in found.items()}
 
 
-def ratio(turns: list[dict[str, tuple[int, float]]], arm: str, other: str) -> list[float]:
+def ratio(load: list[dict[str, tuple[int, float]]], arm: str, other: str) -> list[float]:
     """Tokens a second of ``arm`` over ``other``'s, and its 95 % interval over turns (none of fewer than three)."""
 
     def of(drawn: Sequence[float]) -> float:
         speeds = []
         for name in (arm, other):
-            taken = [turns[int(i)][name] for i in drawn]
+            taken = [load[int(i)][name] for i in drawn]
             speeds.append(sum(tokens for tokens, _ in taken) / sum(seconds for _, seconds in taken))
         return speeds[0] / speeds[1]
 
-    every = range(len(turns))
+    every = range(len(load))
     return [of(every), *(bootstrap_ci95(every, of) or ())]
 
 
