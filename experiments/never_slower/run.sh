@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
 # (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back.
-# About 70 minutes on 2 cores, resumable; scaled down from a real study in tokens a request and in repeats.
+# About 50 minutes on 2 cores; an interrupted run goes on, and `rm -r runs/never_slower` starts anew. Scaled down from a
+# real study in tokens a request and in repeats.
 #   experiments/never_slower/run.sh [HEAD_DIR [REPEATS [TOKENS]]]          (default: the demo's head, 2, 48)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
-from experiments.never_slower.steady import FIRST_PORT, WORK, evaluate, servers
+from experiments.never_slower.steady import FIRST_PORT, WORK, evaluate, finished, servers
 from experiments.never_slower.verdict import best_table
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import open_arms
@@ -67,6 +68,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
     head = parser.parse_args().head
+    outs = {phase: WORK / f"shift-{phase}" for phase in phases()}
+    if all(finished(out) for out in outs.values()):
+        return
+    for out in outs.values():  # a policy carries over what it learned: phases count together only
+        shutil.rmtree(out, ignore_errors=True)
     specs, config = servers(head, WORK / "random_head", num_seqs=8)
     table = {"head": str(head), "table": best_table(8), "serve.port": str(FIRST_PORT + 9)}
     specs = [spec for spec in specs if spec.name in ("plain", "auto")] + [ArmSpec(name="table", options=table)]
@@ -76,7 +82,7 @@ def main() -> None:
         for phase, path in phases().items():
             watch.phase = phase
             evaluate(
-                WORK / f"shift-{phase}",
+                outs[phase],
                 [f"{name}={started[name].url}" for name in ("plain", "auto", "table")],
                 f"eval.suites=[{path}]",
                 f"eval.concurrency=[{CONCURRENCY}]",

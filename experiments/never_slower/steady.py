@@ -7,6 +7,7 @@ measured twice, to see what the ratio of two equal arms is.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -60,13 +61,21 @@ def randomised(head: Path, directory: Path) -> Path:
 
 
 def evaluate(out: Path, arms: list[str], *settings: str) -> None:
-    """One ``specdec eval`` over servers that run; it resumes by itself."""
+    """One ``specdec eval`` over servers that run. It resumes by itself; one that is finished is not repeated."""
+    if finished(out):
+        return
     command = [sys.executable, "-m", "specdec", "eval", "--out", str(out)]
     for arm in arms:
         command += ["--arm", arm]
     for setting in settings:
         command += ["--set", setting]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def finished(out: Path) -> bool:
+    """Whether this measurement has its result."""
+    path = out / "result.json"
+    return path.is_file() and not json.loads(path.read_text())["interrupted"]
 
 
 def arms_of(started: dict[str, Arm], max_draft_tokens: int) -> list[str]:

@@ -51,14 +51,13 @@ def turns() -> dict[tuple[float, int], list[dict[str, tuple[int, float]]]]:
     """By temperature and concurrency, each turn's output tokens and busy seconds by arm."""
     found: dict[tuple[float, int], dict[tuple[int, int], dict[str, tuple[int, float]]]] = {}
     for temperature in TEMPERATURES:
-        for path in WORK.glob(f"c*-t{temperature}/journal.jsonl"):
-            cells = {cell["name"]: cell for cell in json.loads(path.with_name("result.json").read_text())["cells"]}
-            for run in map(json.loads, path.read_text().splitlines()):
-                if "records" not in run:
-                    continue
-                load = found.setdefault((temperature, cells[run["cell"]]["concurrency"]), {})
-                tokens = sum(each["result"]["num_output_tokens"] for each in run["records"])
-                load.setdefault((run["repeat"], run["block"]), {})[run["arm"]] = tokens, run["busy_sec"]
+        for path in WORK.glob(f"c*-t{temperature}/result.json"):
+            result = json.loads(path.read_text())
+            concurrency = {cell["name"]: cell["concurrency"] for cell in result["cells"]}
+            for run in result["blocks"]:
+                load = found.setdefault((temperature, concurrency[run["cell"]]), {})
+                turn = load.setdefault((run["repeat"], run["block"]), {})
+                turn[run["arm"]] = run["num_output_tokens"], run["busy_sec"]
     return {load: list(each.values()) for load, each in found.items()}
 
 

@@ -57,7 +57,16 @@ def build_result(
         "price_per_hour": prices.price_per_hour,
         "slo": {"ttft_sec": prices.slo_ttft_sec, "tpot_sec": prices.slo_tpot_sec} if prices.has_slo else None,
         "requests": [{**request_row(record), "block": run.block} for run in measurement.runs for record in run.records],
+        "blocks": [_block_row(run) for run in measurement.runs],
         "provenance": provenance,
+    }
+
+
+def _block_row(run: BlockRun) -> dict[str, Any]:
+    """What a ratio of any two arms needs: tokens of good answers, and the seconds they took together."""
+    return {
+        **{name: getattr(run, name) for name in ("cell", "arm", "suite", "repeat", "block", "busy_sec")},
+        "num_output_tokens": sum(record.result.num_output_tokens for record in run.records if not record.result.error),
     }
 
 

@@ -73,6 +73,10 @@ def test_a_whole_run(tmp_path, capfd):
     assert summary["speedup_median"] > 1.5 and summary["speedup_ci95"][0] > 1
     assert summary["num_requests"] == 32 and [cell["name"] for cell in result["cells"]] == ["greedy", "sampled"]
     assert result["errors"] == {"http_429": 3} and len(result["requests"]) == 48
+    blocks = [block for block in result["blocks"] if (block["cell"], block["arm"]) == ("greedy", "spec")]
+    figures = result["cells"][0]["arms"]["spec"]
+    assert sum(block["busy_sec"] for block in blocks) == pytest.approx(figures["busy_sec"])
+    assert sum(block["num_output_tokens"] for block in blocks) == figures["num_output_tokens"]
     assert summary["greedy_identity_rate"] == pytest.approx(6 / 7)
     (greedy,) = result["losslessness"]["greedy"]
     assert greedy["noise_floor_identity_rate"] == 1.0
