@@ -9,7 +9,8 @@ one over a single token.
 A failure in here costs no answer: it is logged, and from then on the head runs in every step, as vLLM has it.
 
 The blocks of a request that ends in between may stay in the prefix cache without these tokens' keys: a later request
-that shares them drafts a little worse there. Outputs never depend on the head.
+that shares them drafts a little worse there, and so does a request whose tokens waited until the step was too full for
+them. Outputs never depend on the head.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class CatchUp:
 
     def __init__(self, drafter: Any, input_batch: Any) -> None:
         self.propose, self.input_batch = drafter.propose, input_batch
-        self.max_num_tokens, self.drafter = drafter.max_num_tokens, drafter
+        self.drafter, self.max_num_tokens = drafter, drafter.max_num_tokens  # what the head's buffers hold
+        self.new_slots = drafter.net_num_new_slots_per_request  # that a parallel drafter adds to each sequence
         # A parallel drafter's buffers are laid out for its full width: it drafts all, the first ones stay.
         self.fixed_width = drafter.num_speculative_tokens if drafter.parallel_drafting else None
         self.waiting: list[Inputs] = []
@@ -68,7 +70,9 @@ class CatchUp:
                 waiting, self.waiting = self.waiting, []
                 # Drafts are verified in the step after one that drafted, and that one left nothing waiting: so no token
                 # of this step is rejected, and the last of each sequence is the one to draft after.
-                if metadata.batch_size() == len(self.input_batch.req_ids):
+                if metadata.batch_size() == len(self.input_batch.req_ids) and self._fits(
+                    waiting, len(inputs[0]), metadata
+                ):
                     inputs, metadata = self._merge(waiting, inputs, metadata)
                     token_indices_to_sample = metadata.query_start_loc[1:] - 1
         except Exception as error:
@@ -96,8 +100,12 @@ class CatchUp:
         return True
 
     def _has_room(self, metadata: Any) -> bool:
-        held = sum(len(inputs.rows) for inputs in self.waiting)
-        return len(self.waiting) < LONGEST and held + 2 * metadata.batch_size() <= self.max_num_tokens
+        return len(self.waiting) < LONGEST and self._fits(self.waiting, 2 * metadata.batch_size(), metadata)
+
+    def _fits(self, waiting: list[Inputs], num_tokens: int, metadata: Any) -> bool:
+        """Whether the head can read what waits with ``num_tokens`` more. A prompt may fill all of its buffers."""
+        held = sum(len(inputs.rows) for inputs in waiting)
+        return held + num_tokens + self.new_slots * metadata.batch_size() <= self.max_num_tokens
 
     def _merge(self, waiting: list[Inputs], now: tuple[Any, Any, Any], metadata: Any) -> tuple[Any, Any]:
         """Each sequence's waiting tokens in front of its present ones, and the metadata of these longer queries."""

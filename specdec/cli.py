@@ -19,6 +19,8 @@ import typer
 if TYPE_CHECKING:
     from specdec.config import RunConfig
 
+INTERRUPTED = 130  # as a shell's own exit code after Ctrl-C
+
 app = typer.Typer(
     name="specdec",
     help="Make your reasoning model decode faster, losslessly, and prove it.",
@@ -205,6 +207,8 @@ def evaluate(
     run.eval.arms = arm or run.eval.arms
     result = run_evaluate(run, head, out)
     _echo_json({"result": str(out / "result.json"), "report": str(out / "report.html"), **result["summary"]})
+    if result["interrupted"]:  # a script must not take half a measurement for a whole one
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

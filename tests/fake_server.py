@@ -107,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("429", "400", "503"):
             return self._reply(int(fault), "no")
         self.send_response(200)
+        if fault == "bad encoding":
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         tokens = self.server.answer(prompt, body.get("temperature") == 0)[: body["max_tokens"]]

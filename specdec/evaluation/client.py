@@ -60,9 +60,9 @@ class ArmClient:
     ) -> RequestResult:
         """Stream one answer; ``temperature`` None leaves sampling to the server's defaults. Never raises.
 
-        With a ``thinking_budget``, thinking that is still open after so many tokens is closed by force and the
-        answer, of at most ``max_tokens``, is asked for in a second request whose prompt holds it (s1, arXiv
-        2501.19393). Without one ``max_tokens`` bounds both together.
+        With a ``thinking_budget``, thinking that is still open after so many tokens is closed by force (s1, arXiv
+        2501.19393), and the answer has ``max_tokens`` of its own: what is missing of it is asked for in a second
+        request, whose prompt holds the first's output. Without one ``max_tokens`` bounds both together.
         """
         body: dict[str, Any] = {
             "model": self.arm.model,
@@ -78,20 +78,26 @@ class ArmClient:
         reader = StreamReader(self.opens_think)
         await self._guarded(reader, "/v1/chat/completions", body, started)
         result = reader.result
-        if thinking_budget and not result.error and result.finish_reason == "length" and not reader.is_visible:
-            await self._force_answer(reader, body, max_tokens, started)
+        if thinking_budget and not result.error and result.finish_reason == "length":
+            await self._go_on(reader, body, max_tokens, started)
         result.clock_jump_sec = started.jump_sec()
         return result
 
-    async def _force_answer(self, reader: StreamReader, first: dict[str, Any], max_tokens: int, started: _Clocks):
+    async def _go_on(self, reader: StreamReader, first: dict[str, Any], max_tokens: int, started: _Clocks) -> None:
+        """The rest of the answer, after the thinking is closed."""
         result = reader.result
-        closing = await self.tokenize(END_OF_THINKING)
-        if not closing or not result.token_ids:
+        closing = await self.tokenize(END_OF_THINKING) if reader.is_thinking else []
+        if not result.token_ids or (reader.is_thinking and not closing):
             return reader.fail("malformed", "the server returns no token ids: a thinking budget can't be enforced")
-        reader.close_thinking(END_OF_THINKING)
+        if reader.is_thinking:
+            reader.close_thinking(END_OF_THINKING, closing)
+        left = max_tokens - (len(result.token_ids) - result.num_think_tokens)
+        if left < 1:
+            return None
         body = {key: value for key, value in first.items() if key != "messages"}
-        body |= {"prompt": [*result.prompt_token_ids, *result.token_ids, *closing], "max_tokens": max_tokens}
+        body |= {"prompt": [*result.prompt_token_ids, *result.token_ids, *closing], "max_tokens": left}
         await self._guarded(reader, "/v1/completions", body, started)
+        return None
 
     async def _guarded(self, reader: StreamReader, path: str, body: dict[str, Any], started: _Clocks) -> None:
         import httpx
@@ -107,7 +113,7 @@ class ArmClient:
             reader.fail("timeout", f"{self.timeout_sec:g} s: {error}")
         except (httpx.TransportError, OSError) as error:
             reader.fail("disconnected", f"{type(error).__name__}: {error}")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reader.fail("malformed", f"{type(error).__name__}: {error}")
 
     async def _stream(self, path: str, body: dict[str, Any], reader: StreamReader, started: _Clocks) -> None:

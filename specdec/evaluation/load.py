@@ -11,6 +11,7 @@ from specdec.rows import read_rows
 
 CLOSED = "closed"
 USAGE = "arrival is closed, poisson, gamma:SHAPE or trace:FILE"
+ROUNDS = 4  # of a fuller closed loop, before the next arm has its turn
 TRACE_FIELDS = ("offset_sec", "timestamp", "arrived_at")
 
 
@@ -121,4 +122,4 @@ def block_size(arrival: str, concurrency: int, num_tasks: int) -> int:
     """
     if arrival != CLOSED:
         return num_tasks
-    return 1 if concurrency == 1 else min(num_tasks, 4 * concurrency)
+    return 1 if concurrency == 1 else min(num_tasks, ROUNDS * concurrency)

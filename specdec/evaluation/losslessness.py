@@ -124,7 +124,7 @@ async def _explain_fork(client: LogprobClient, plain: Record, spec: Record, thre
     if not plain.result.prompt_token_ids:
         return {**fork, "verdict": UNKNOWN, "why": "the baseline server returned no prompt token ids to ask about"}
     try:
-        logprobs = await client.next_token_logprobs([*plain.result.prompt_token_ids, *a[:position]])
+        logprobs = await client.next_token_logprobs(plain.result.context_ids(position))
     except (httpx.HTTPError, ValueError) as error:
         return {**fork, "verdict": UNKNOWN, "why": f"the baseline server gave no log-probabilities: {error}"}
     fork |= {"plain_text": await client.detokenize(a[position]), "spec_text": await client.detokenize(b[position])}

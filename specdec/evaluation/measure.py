@@ -17,10 +17,11 @@ from specdec.evaluation import acceptance, load
 from specdec.evaluation.client import ArmClient
 from specdec.evaluation.journal import Journal
 from specdec.evaluation.plan import Step, Task
-from specdec.evaluation.records import BlockRun, Cell, Measurement, Record
+from specdec.evaluation.records import BlockRun, Cell, Measurement, Record, RequestResult
 
 WARMUP_ROUNDS = 2
 WARMUP_TOKENS = 32
+OPEN_LOOP_WARMUP = 8  # requests at once
 WAKING_TOKENS = 24
 WARMUP_PROMPT = "Count from one to twenty, then say what the numbers have in common."
 MAX_LAG_SEC = 0.05  # of an open loop: later than this, the client was the bottleneck
@@ -68,7 +69,7 @@ class _Session:
         self.cut_short: list[BlockRun] = []  # measured in part when the run was interrupted; repeated on resume
 
     async def run(self, steps: list[Step]) -> None:
-        await self._warm_up(max(step.cell.concurrency for step in steps))
+        await self._warm_up(max(map(_most_at_once, steps)))
         done = self.journal.done
         for step in steps:
             for arm in step.arms:
@@ -135,6 +136,12 @@ class _Session:
         return run
 
 
+def _most_at_once(step: Step) -> int:
+    """Requests that may be in flight together; of an open loop a guess."""
+    is_open = step.cell.arrival != load.CLOSED
+    return min(len(step.tasks), OPEN_LOOP_WARMUP) if is_open else step.cell.concurrency
+
+
 async def _watch_lag(run: BlockRun) -> None:
     """Sample how late this event loop wakes up: by as much may it notice a chunk too late."""
     while True:
@@ -171,9 +178,13 @@ async def _converse(task: Task, step: Step, client: ArmClient, run: BlockRun) ->
     """The turns of one task, each a record of ``run``. Answers are graded later, off the clock."""
     cell: Cell = step.cell
     messages: list[dict[str, str]] = []
+    failed: str | None = None
     for turn, text in enumerate(task.item.turns):
         messages.append({"role": "user", "content": text})
-        result = await client.chat(messages, cell.max_new_tokens, cell.temperature, cell.thinking_budget)
+        if failed is None:
+            result = await client.chat(messages, cell.max_new_tokens, cell.temperature, cell.thinking_budget)
+        else:  # it would be another conversation
+            result = RequestResult(error="not_sent", error_detail=failed)
         run.records.append(
             Record(
                 arm=client.arm.name, cell=cell.name, suite=step.suite, item_id=task.item.id, repeat=step.repeat,
@@ -181,7 +192,7 @@ async def _converse(task: Task, step: Step, client: ArmClient, run: BlockRun) ->
             )
         )  # fmt: skip
         if result.error:
-            return  # the next turn would be another conversation
+            failed = failed or f"turn {turn + 1} had failed: {result.error}"
         messages.append({"role": "assistant", "content": result.text})
 
 

@@ -15,7 +15,7 @@ from specdec.metrics import AcceptanceCounts
 # The kinds of RequestResult.error, in the order a reader meets them.
 ERROR_KINDS = (
     "http_429", "http_4xx", "http_5xx", "stream_error", "timeout", "disconnected", "truncated", "malformed",
-    "missing_usage",
+    "missing_usage", "not_sent",
 )  # fmt: skip
 
 
@@ -58,7 +58,8 @@ class RequestResult:
     # One entry a verification, as the server reports them; empty: it did not speculate, or does not say.
     drafted_per_step: list[int] = field(default_factory=list)
     accepted_per_step: list[int] = field(default_factory=list)
-    forced_from: list[int] = field(default_factory=list)  # step and token that a forced answer begins with, if any
+    forced_from: list[int] = field(default_factory=list)  # step and token that a second stream begins with, if any
+    closing_token_ids: list[int] = field(default_factory=list)  # that the client put in front of it, no output
     clock_jump_sec: float = 0.0  # how far the wall clock moved against the monotonic one that times are taken from
 
     @property
@@ -67,6 +68,12 @@ class RequestResult:
         if self.error or self.e2e_sec is None or self.ttft_sec is None or self.num_output_tokens is None:
             return None
         return metrics.tpot_sec(self.e2e_sec, self.ttft_sec, self.num_output_tokens)
+
+    def context_ids(self, position: int) -> list[int]:
+        """All tokens in front of output token ``position``: the prompt, and what the client added in between."""
+        forced = self.forced_from[1] if self.forced_from else len(self.token_ids)
+        closing = self.closing_token_ids if position >= forced else []
+        return [*self.prompt_token_ids, *self.token_ids[:forced][:position], *closing, *self.token_ids[forced:position]]
 
     @property
     def acceptance(self) -> AcceptanceCounts:

@@ -32,7 +32,7 @@ from specdec.evaluation.records import Measurement, Record
 from specdec.evaluation.report import render_report
 from specdec.evaluation.suites import Suite, load_suite
 from specdec.evaluation.summary import build_result
-from specdec.manifest import HeadManifest
+from specdec.manifest import HeadManifest, manifest_path
 from specdec.metrics import AcceptanceCounts
 from specdec.progress import progress_bar
 from specdec.record import provenance, text_sha256, write_json_atomic
@@ -66,18 +66,18 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     cells = cells_of(settings)
     specs = parse_specs(settings.arms, head_dir) if settings.arms else default_specs(head_dir)
     suites = _load_suites(settings)
-    manifest, sampling = _check_heads(config, specs)
+    manifests, sampling = _check_heads(config, specs)
     names = [spec.name for spec in specs]
     steps = list(steps_of(cells, suites, names, settings.seed))
     measurement = Measurement(cells=cells, baseline=names[0], arms=names)
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(contextlib.closing(Journal(out_dir, _plan_sha256(settings, specs, suites))))
+        journal = stack.enter_context(contextlib.closing(Journal(out_dir, _plan_sha256(config, specs, suites))))
         with console.status(f"starting the servers (logs in {out_dir}); the very first start compiles"):
             arms = stack.enter_context(open_arms(specs, config, out_dir))
         losslessness = asyncio.run(_measure(config, measurement, steps, suites, arms, journal))
     _grade(measurement, suites)
-    trained = _trained(measurement, manifest, suites, arms)
-    facts = _facts(config, head_dir, manifest, sampling, suites, arms)
+    trained = _trained(measurement, manifests.get(names[1]), suites, arms)
+    facts = _facts(config, _head_facts(specs, manifests), sampling, suites, arms)
     prices = Prices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Prices)})
     bound_sec = _plain_step_bound_sec(config, arms)
     result = build_result(measurement, arms, suites, losslessness, trained, prices, facts, bound_sec)
@@ -100,21 +100,26 @@ def _load_suites(settings: EvalConfig) -> list[Suite]:
     return suites
 
 
-def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[HeadManifest | None, dict[str, float] | None]:
-    """The manifest of the first head, every head checked against the target, and the target's default sampling."""
-    heads = [Path(spec.options["head"]) for spec in specs if "head" in spec.options]
+def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[dict[str, HeadManifest], dict[str, float] | None]:
+    """By arm the manifest of its head, checked against the target, and the target's default sampling."""
     if all(spec.url for spec in specs):
-        return None, None
+        return {}, None
     target = resolve_target(config.target)
-    manifests = [HeadManifest.load(head) for head in heads]
-    for manifest in manifests:
+    manifests = {spec.name: HeadManifest.load(Path(spec.options["head"])) for spec in specs if "head" in spec.options}
+    for manifest in manifests.values():
         manifest.check_target(target.fingerprint())
-    return (manifests[0] if manifests else None), target.sampling
+    return manifests, target.sampling
 
 
-def _plan_sha256(settings: EvalConfig, specs: list[ArmSpec], suites: list[Suite]) -> str:
-    plan = {"eval": dataclasses.asdict(settings), "arms": [dataclasses.asdict(spec) for spec in specs]}
-    return text_sha256(json.dumps(plan, sort_keys=True), *(suite.sha256 for suite in suites))
+def _plan_sha256(config: RunConfig, specs: list[ArmSpec], suites: list[Suite]) -> str:
+    """Of everything that a measurement depends on: one that goes on must be the same one."""
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in ("eval", "target", "serve")}
+    plan = {**sections, "arms": [dataclasses.asdict(spec) for spec in specs]}
+    files = [manifest_path(Path(spec.options["head"])) for spec in specs if "head" in spec.options]
+    kind, _, trace = config.eval.arrival.partition(":")
+    files += [Path(trace)] if kind == "trace" else []
+    hashes = [suite.sha256 for suite in suites]
+    return text_sha256(json.dumps(plan, sort_keys=True), *hashes, *(path.read_text() for path in files))
 
 
 async def _measure(
@@ -248,8 +253,7 @@ def _trained(
 
 def _facts(
     config: RunConfig,
-    head_dir: Path | None,
-    manifest: HeadManifest | None,
+    head: dict[str, Any] | None,
     sampling: dict[str, float] | None,
     suites: list[Suite],
     arms: dict[str, Arm],
@@ -257,7 +261,7 @@ def _facts(
     settings = to_dict(config.eval)
     return provenance(
         target=config.target.name,
-        head=_head_facts(head_dir, manifest),
+        head=head,
         num_speculative_tokens=max(arm.num_speculative_tokens or 0 for arm in arms.values()),
         temperature=list(dict.fromkeys(cell.temperature for cell in cells_of(config.eval))),
         default_sampling=sampling,
@@ -268,11 +272,14 @@ def _facts(
     )
 
 
-def _head_facts(head_dir: Path | None, manifest: HeadManifest | None) -> dict[str, Any] | None:
-    if manifest is None:
+def _head_facts(specs: list[ArmSpec], manifests: dict[str, HeadManifest]) -> dict[str, Any] | None:
+    """The first head that is compared with the baseline."""
+    spec = next((spec for spec in specs[1:] if spec.name in manifests), None)
+    if spec is None:
         return None
+    manifest = manifests[spec.name]
     return {
-        "directory": str(head_dir),
+        "directory": spec.options["head"],
         "name": manifest.head,
         "vllm_method": manifest.vllm_method,
         "draft_vocab_size": manifest.draft_vocab_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,9 +49,9 @@ class StreamReader:
         self._has_usage = False
 
     @property
-    def is_visible(self) -> bool:
-        """Whether a token outside the thinking has come."""
-        return self.result.ttfvt_sec is not None
+    def is_thinking(self) -> bool:
+        """Whether the thinking is open."""
+        return self._thinking
 
     def expect_stream(self) -> None:
         """Another stream begins."""
@@ -59,10 +60,11 @@ class StreamReader:
             self.result.forced_from = [len(self.result.drafted_per_step), self._earlier_tokens]
         self._finish_reason, self._has_usage = None, False
 
-    def close_thinking(self, text: str) -> None:
-        """The client closed the thinking with ``text``; what follows is visible."""
+    def close_thinking(self, text: str, token_ids: list[int]) -> None:
+        """The client closed the thinking with ``text``, these tokens; what follows is visible."""
         result = self.result
         result.text += text
+        result.closing_token_ids = token_ids
         result.num_think_tokens = len(result.token_ids)
         self._thinking = False
 
@@ -103,6 +105,8 @@ class StreamReader:
     def _take_text(self, reasoning: str, content: str, now_sec: float) -> None:
         result = self.result
         if reasoning:
+            if not self._thinking and not self._reasoning_field:
+                result.text += THINK_OPEN  # the server's parser took it away; no checker may take this for the answer
             self._thinking = self._reasoning_field = True
             result.text += reasoning
         if content and self._reasoning_field and self._thinking:
@@ -131,7 +135,12 @@ class StreamReader:
 
     def end(self, complete: bool) -> None:
         """The stream is over; ``complete``: the server said so."""
+        result = self.result
         if not complete or self._finish_reason is None:
             self.fail("truncated", "the stream ended before the answer did")
         elif not self._has_usage:
             self.fail("missing_usage", "no usage in the stream: tokens can't be counted")
+        pairs = itertools.zip_longest(result.drafted_per_step, result.accepted_per_step, fillvalue=-1)
+        if any(not 0 <= num_accepted <= num_drafted for num_drafted, num_accepted in pairs):
+            result.drafted_per_step, result.accepted_per_step = [], []
+            self.fail("malformed", "the server's steps accept more tokens than they drafted")

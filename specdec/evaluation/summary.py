@@ -11,6 +11,7 @@ from specdec.evaluation.accuracy import accuracy_differences, accuracy_rows
 from specdec.evaluation.arms import Arm
 from specdec.evaluation.cost import break_even, cost_points
 from specdec.evaluation.figures import Prices, arm_figures, comparison
+from specdec.evaluation.load import ROUNDS
 from specdec.evaluation.records import BlockRun, Cell, Measurement, Record
 from specdec.evaluation.suites import Suite, is_graded
 from specdec.metrics import AcceptanceCounts
@@ -144,6 +145,11 @@ def timing_notes(cells: list[dict[str, Any]], baseline: str) -> list[str]:
             notes.append(
                 f"{cell['name']}: only {num_pairs} prompts were timed on both arms; an interval wants "
                 f"{MIN_TASKS_FOR_INTERVAL} or more"
+            )
+        elif all(each["speedup_ci95"] is None for each in cell["comparisons"].values()):
+            notes.append(
+                f"{cell['name']}: no interval, for its prompts went in fewer than three blocks ({ROUNDS} prompts "
+                "a place in flight; an open loop is one block of each suite): give it more prompts"
             )
     return notes
 

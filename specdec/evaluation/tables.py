@@ -120,14 +120,15 @@ def accuracy_table(result: Tree) -> Table | None:
             words.with_interval(row.get("maj_at_n"), row.get("maj_at_n_ci95"), words.percent),
             _difference(result, row),
             words.count(row.get("num_items")), words.count(row.get("num_samples")),
-            words.count(row.get("num_unanswered")), words.count(row.get("mean_output_tokens")),
+            words.count(row.get("num_unanswered")), words.count(row.get("num_failed")),
+            words.count(row.get("mean_output_tokens")),
             words.seconds(row.get("sec_per_answer")),
         ]
         for row in tree.accuracy_rows(result)
     ]  # fmt: skip
     header = [
         "condition", "suite", "arm", "pass@1 [95%]", "majority vote [95%]", "less the baseline's", "items", "samples",
-        "no answer", "mean tokens", "time an answer",
+        "no answer", "failed", "mean tokens", "time an answer",
     ]  # fmt: skip
     return _table(result, header, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from specdec.evaluation import tree
@@ -128,6 +129,8 @@ def load(cell: Tree) -> str:
     """A cell's load."""
     if cell.get("rate") is not None:
         return f"{cell.get('arrival')} arrivals, {plain(cell['rate'])} requests/s"
+    if str(cell.get("arrival")).startswith("trace:"):
+        return f"{Path(cell['arrival']).name} at its own times"
     return f"concurrency {count(cell.get('concurrency'))}"
 
 

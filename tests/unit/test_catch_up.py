@@ -39,7 +39,7 @@ class Drafter:
     """Keeps what it was asked to read."""
 
     method, block_size, max_num_tokens, draft_attn_groups = "eagle3", BLOCK, 256, ("group",)
-    num_speculative_tokens, parallel_drafting = 3, False
+    num_speculative_tokens, parallel_drafting, net_num_new_slots_per_request = 3, False, 0
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -151,6 +151,17 @@ def test_it_waits_no_longer_than_it_may_and_holds_no_more_than_fits():
     for _ in range(8):
         world.step(0)
     assert max(inputs["common_attn_metadata"].num_actual_tokens for inputs in world.drafter.calls) <= 8
+
+
+@pytest.mark.parametrize(("new_slots", "prompt", "read"), [(0, 7, 8), (0, 8, 8), (2, 3, 4), (2, 4, 4)])
+def test_a_prompt_that_fills_the_heads_buffers_is_read_alone(new_slots, prompt, read):
+    world = World(a=5)
+    world.catch_up.max_num_tokens, world.catch_up.new_slots = 8, new_slots
+    world.step(0)
+    world.batch.req_ids, world.positions["b"] = ["a", "b"], 0
+    world.step(0, lengths={"a": 1, "b": prompt - 1})
+    num_read = world.drafter.calls[-1]["common_attn_metadata"].num_actual_tokens
+    assert num_read == read and num_read + 2 * new_slots <= 8 and world.catch_up.waiting == []
 
 
 def test_a_parallel_drafter_always_drafts_its_full_width():

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from specdec.cli import app
 from specdec.config import TargetConfig
 from specdec.manifest import HeadManifest
 from specdec.targets import resolve_target
@@ -111,6 +113,27 @@ def test_a_full_disk_is_named_and_nothing_is_lost(target, tmp_path):
         capture_output=True, text=True, timeout=60, env={"PATH": "", "SPECDEC_CACHE_DIR": str(tmp_path / "cache")},
     )  # fmt: skip
     assert_user_error(done, "no room", "SPECDEC_CACHE_DIR")
+
+
+def test_a_measurement_that_was_interrupted_ends_like_one(tmp_path, monkeypatch):
+    from specdec.evaluation import run
+
+    asked = []
+
+    def evaluate(config, head, out):
+        asked.append(config.eval)
+        return {"interrupted": len(asked) == 2, "summary": {"num_requests": 3}}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    options = ["--concurrency", "1,4", "--rate", "0.5,2", "--samples", "1,4", "--thinking-budget", "64,256"]
+    arms = ["--arm", "a=http://x", "--arm", "b=http://y"]
+    command = ["eval", "--out", str(tmp_path), "--suite", "gsm8k", *arms, "--arrival", "gamma:0.5", *options]
+    codes = [CliRunner().invoke(app, command).exit_code for _ in range(2)]
+    assert codes == [0, 130]
+    config = asked[0]
+    assert (config.concurrency, config.rate, config.num_samples) == ([1, 4], [0.5, 2.0], [1, 4])
+    assert (config.thinking_budgets, config.arrival, config.suites) == ([64, 256], "gamma:0.5", ["gsm8k"])
+    assert config.arms == ["a=http://x", "b=http://y"]
 
 
 def test_env_reports_what_is_missing_and_prints_json():

@@ -64,6 +64,7 @@ def test_request_body_says_what_it_must_and_no_seed():
         ("error", "stream_error"),
         ("no usage", "missing_usage"),
         ("stall", "timeout"),
+        ("bad encoding", "malformed"),
     ],
 )
 def test_each_failure_has_its_kind(fault, kind):
@@ -118,7 +119,9 @@ def test_thinking_that_the_template_opened_or_the_server_parsed():
     assert (opened.ttfvt_sec, opened.num_think_tokens) == (2.0, 1)
     assert opened.text == "<think>hm</think>\n4"
     parsed = read([(1.0, said("", reasoning="hm")), (2.0, said("4", "stop"))])
-    assert (parsed.ttfvt_sec, parsed.num_think_tokens, parsed.text) == (2.0, 1, "hm</think>4")
+    assert (parsed.ttfvt_sec, parsed.num_think_tokens, parsed.text) == (2.0, 1, "<think>hm</think>4")
+    cut = read([(1.0, said("", reasoning="hm")), (2.0, said("", "length", reasoning="hm"))])
+    assert cut.text == "<think>hmhm" and cut.ttfvt_sec is None  # no answer, and none must be found in it
 
 
 def test_a_thinking_budget_closes_the_thinking_and_asks_for_the_answer():
@@ -130,6 +133,37 @@ def test_a_thinking_budget_closes_the_thinking_and_asks_for_the_answer():
     assert second["prompt"] == [1, 5, *server.answer("hello", True)[:5], 901, 902]
     assert result.error is None and result.num_output_tokens == 9 and result.num_think_tokens == 5
     assert result.text.count("</think>") == 1 and result.ttft_sec < result.ttfvt_sec <= result.e2e_sec
+
+
+@pytest.mark.parametrize(("text", "asked"), [("<think>hm</think>4", 3), ("plain text", 3)])
+def test_an_answer_that_began_within_the_thinking_budget_gets_all_of_its_tokens(text, asked):
+    server = FakeServer(num_tokens=12)
+    server.texts["hello"] = text
+    result = ask(server, thinking_budget=5, max_tokens=8)
+    assert server.log[1]["max_tokens"] == asked
+    assert server.log[1]["prompt"] == [1, 5, *server.answer("hello", True)[:5]]  # nothing is closed once more
+    assert result.num_output_tokens == 8 and result.text.count("</think>") == text.count("</think>")
+    short = FakeServer(num_tokens=12)
+    short.texts["hello"] = text
+    assert ask(short, thinking_budget=5, max_tokens=5).num_output_tokens == 5 and len(short.log) == 1
+
+
+def test_the_context_of_a_token_holds_what_the_client_put_in_between():
+    result = RequestResult(prompt_token_ids=[1, 2], token_ids=[3, 4, 5, 6], forced_from=[1, 2], closing_token_ids=[9])
+    contexts = [result.context_ids(position) for position in range(5)]
+    assert contexts == [[1, 2], [1, 2, 3], [1, 2, 3, 4, 9], [1, 2, 3, 4, 9, 5], [1, 2, 3, 4, 9, 5, 6]]
+    plain = RequestResult(prompt_token_ids=[1], token_ids=[3, 4])
+    assert plain.context_ids(1) == [1, 3]
+
+
+@pytest.mark.parametrize("steps", [([3, 3], [1]), ([3], [4]), ([3], [-1])])
+def test_step_lists_that_cannot_be_are_an_error_and_no_crash(steps):
+    reader = StreamReader()
+    metrics = {"speculative_decoding": {"per_step_drafted": steps[0], "per_step_accepted": steps[1]}}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    reader.take({"choices": [said("4", "stop")], "usage": usage, "metrics": metrics}, 1.0)
+    reader.end(complete=True)
+    assert reader.result.error == "malformed" and reader.result.acceptance.num_drafts == 0
 
 
 def test_a_forced_answer_says_where_it_begins():

@@ -201,6 +201,25 @@ def test_budgets_and_samples_are_swept_and_priced(tmp_path):
     assert result["cells"][3]["arms"]["plain"]["cost_per_request"] == pytest.approx(most["sec_per_answer"] / 100)
 
 
+def test_turns_after_a_failed_one_are_counted_as_not_sent(tmp_path):
+    path = tmp_path / "mt_bench.jsonl"
+    rows = [{"question_id": i, "category": "writing", "turns": [f"first {i}", "second"]} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    spec.faults["first 1"] = "503"
+    result = run(plain, spec, tmp_path, suites=[f"mt_bench={path}"], sampled=False, repeats=1)
+    assert result["errors"] == {"http_5xx": 1, "not_sent": 1} and len(result["requests"]) == 8
+    (row,) = [row for row in result["requests"] if row["error"] == "not_sent"]
+    assert (row["arm"], row["turn"], row["error_detail"]) == ("spec", 1, "turn 1 had failed: http_5xx")
+
+
+def test_a_load_whose_prompts_give_no_interval_says_so(tmp_path):
+    plain, spec = FakeServer(step_sec=0.001), FakeServer(step_sec=0.001, tokens_per_step=3)
+    result = run(plain, spec, tmp_path, concurrency=[2], sampled=False, repeats=1)
+    assert result["summary"]["speedup_ci95"] is None
+    assert any("no interval" in note and "fewer than three blocks" in note for note in result["notes"])
+
+
 def test_absent_gold_answers_are_counted(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     for golds, said in ((["4", None], "1 of 2 items have no gold answer"), ([None, None], "2 of 2 items")):
@@ -290,6 +309,10 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
         with pytest.raises(ValueError, match="other settings"):
             evaluate(config, None, tmp_path / "out")
         config.eval.seed = 0
+        config.target.dtype = "float32"
+        with pytest.raises(ValueError, match="other settings"):
+            evaluate(config, None, tmp_path / "out")
+        config.target.dtype = "auto"
         whole = evaluate(config, None, tmp_path / "out")
     assert not whole["interrupted"] and whole["summary"]["num_requests"] == 32
     measured = [body for body in plain.log[before:] if body["max_tokens"] == config.eval.max_new_tokens]
@@ -389,6 +412,7 @@ def test_trained_acceptance_comes_from_the_manifest(tmp_path, monkeypatch):
             evaluate(config, head, tmp_path / "out2")
     assert result["summary"]["trained_acceptance_length"] == pytest.approx(3.0)
     assert result["provenance"]["head"]["name"] == "eagle3"
+    assert result["provenance"]["head"]["directory"] == str(head)
 
 
 def test_bad_arguments_are_refused_before_anything_starts(tmp_path):
