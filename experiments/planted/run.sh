@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Does the instrument find a planted 10 % slowdown, a planted loss of 5 % of the drafts and a lenient sampler, and
-# nothing where nothing is? Five servers of one head, side by side; about 40 minutes on 2 cores, resumable.
+# nothing where nothing is? Five servers of one head, side by side; about 40 minutes on 2 cores, resumable. Scaled down
+# to 32 prompts of 64 tokens, three times.
 #   experiments/planted/run.sh [HEAD_DIR [PROMPTS]]                 (default: the demo's head, 32)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

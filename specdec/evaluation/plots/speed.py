@@ -99,7 +99,7 @@ def draw_by_suite(figure: Any, result: Tree) -> Caption | None:
     if len(suites) != 1:
         lines.append(_line("all suites", cell.get("comparisons")))
     return _draw_lines(
-        figure, result, lines, "Median over tasks with its 95% interval (bootstrap over blocks of tasks)."
+        figure, result, lines, "Median over tasks, 95% interval (bootstrap over blocks of tasks)."
     )
 
 
