@@ -70,9 +70,8 @@ class CatchUp:
                 waiting, self.waiting = self.waiting, []
                 # Drafts are verified in the step after one that drafted, and that one left nothing waiting: so no token
                 # of this step is rejected, and the last of each sequence is the one to draft after.
-                if metadata.batch_size() == len(self.input_batch.req_ids) and self._fits(
-                    waiting, len(inputs[0]), metadata
-                ):
+                same_requests = metadata.batch_size() == len(self.input_batch.req_ids)
+                if same_requests and self._fits(waiting, len(inputs[0]), metadata):
                     inputs, metadata = self._merge(waiting, inputs, metadata)
                     token_indices_to_sample = metadata.query_start_loc[1:] - 1
         except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -79,17 +78,21 @@ class AcceptanceModel:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Median seconds of the last decode steps by batch size (in powers of two) and K.
+    """Typical seconds of the last decode steps by batch size (in powers of two) and K.
+
+    What disturbs a step makes it slower, never faster, and a trial has a few steps only. So a typical step is one that
+    a third of the steps were faster than: a trial that was disturbed for half of its time still tells, and a bad one is
+    soon outvoted.
 
     A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
-    size moves with it, as soon as its own median is that of a full window of such steps; before, the median still
-    moves because it becomes more certain. And since a step that drafts more does more, a wider step never counts as
+    size moves with it, as soon as its own is that of a full window of such steps; before, it still moves
+    because it becomes more certain. And since a step that drafts more does more, a wider step never counts as
     faster than a narrower one: what was measured so was measured at different moments.
     """
 
     window: int
     _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    _medians: dict[tuple[int, int], float] = field(default_factory=dict)
+    _typical: dict[tuple[int, int], float] = field(default_factory=dict)
     _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
     _num_served: int = 0  # and how many came in a row
 
@@ -97,20 +100,20 @@ class StepTimes:
         """A step took so long; ``is_trial``: with a K that is not being served."""
         key = bucket(batch), num_draft_tokens
         last = self._last.setdefault(key, deque(maxlen=self.window))
-        before = self._medians.get(key, 0.0)
+        before = self._typical.get(key, 0.0)
         last.append(seconds)
-        self._medians[key] = statistics.median(last)
+        self._typical[key] = sorted(last)[len(last) // 3]
         if is_trial:
             return
         self._num_served = self._num_served + 1 if key == self._served else 1
         self._served = key
-        if self._num_served > self.window and before > 0 and self._medians[key] > 0:
-            self._move_others(key, self._medians[key] / before)
+        if self._num_served > self.window and before > 0 and self._typical[key] > 0:
+            self._move_others(key, self._typical[key] / before)
 
     def _move_others(self, key: tuple[int, int], factor: float) -> None:
-        for other in self._medians:
+        for other in self._typical:
             if other[0] == key[0] and other != key:
-                self._medians[other] *= factor
+                self._typical[other] *= factor
                 self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
 
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:
@@ -119,12 +122,12 @@ class StepTimes:
 
     def nearest(self, batch: int, max_draft_tokens: int) -> int:
         """The batch size closest to ``batch`` whose plain and widest steps were timed; ``batch`` where none was."""
-        sizes = [size for size, k in self._medians if k == 0 and (size, max_draft_tokens) in self._medians]
+        sizes = [size for size, k in self._typical if k == 0 and (size, max_draft_tokens) in self._typical]
         return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)
 
     def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
         """Seconds; between two measured widths by a straight line, None outside them."""
-        row = sorted((k, seconds) for (size, k), seconds in self._medians.items() if size == bucket(batch))
+        row = sorted((k, seconds) for (size, k), seconds in self._typical.items() if size == bucket(batch))
         rising = list(accumulate((seconds for _, seconds in row), max))
         row = [(k, seconds) for (k, _), seconds in zip(row, rising, strict=True)]
         below = [item for item in row if item[0] <= num_draft_tokens]

@@ -5,11 +5,11 @@ each candidate K is judged by expected tokens over measured step time,
 
     goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
-with c the conditional acceptance rates of the last drafts and T the median time of decode steps (a machine's pauses
+with c the conditional acceptance rates of the last drafts and T the typical time of decode steps (a machine's pauses
 have nothing to do with K). K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each;
-until that succeeds, the nearest batch size that is known decides), what may have changed is tried again: from plain
-decode a short probe now and then, as far apart as it takes for probes to cost next to nothing. Pure Python; knows no
-server.
+until that succeeds, the nearest batch size that is known decides), what may have changed is tried again: soon after a
+change, for a first trial may have met a cold or busy machine, and then further and further apart, until trials cost
+next to nothing. Pure Python; knows no server.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class PolicySettings:
     probe_share: float = 0.01  # of the time, that probes which don't pay may cost
     min_probe_steps: int = 128  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
-    recheck_steps: int = 512  # while speculating: how often another K is timed again, each in its turn
+    min_recheck_steps: int = 64  # while speculating, from a change to the next time that another K is timed: at least,
+    max_recheck_steps: int = 512  # and at most
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     time_window: int = 33  # steps that count, of each batch size and K
@@ -83,7 +84,7 @@ class Policy:
         self._trial = None
         self._is_probe = False
         self._rechecked = self.max_draft_tokens
-        self._probe_steps = self.settings.min_probe_steps
+        self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
         self._untimed: dict[tuple[int, int], tuple[int, int]] = {}  # batch and K -> step of the next trial, interval
 
@@ -137,8 +138,9 @@ class Policy:
             self.acceptance.forget(self.settings.probe_memory)
             why = "probing whether speculation pays again"
             return self._try(self.max_draft_tokens, why, self._steps_of_probe(batch), is_probe=True)
-        if self.chosen > 0 and self._steps_since_trial >= self.settings.recheck_steps:
-            self._rechecked = self._next_width()
+        if self.chosen > 0 and self._steps_since_trial >= self._recheck_steps:
+            self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
+            self._rechecked = self._next_width(batch)
             return self._try(self._rechecked, f"timing K={self._rechecked} again")
         return self.chosen
 
@@ -147,10 +149,11 @@ class Policy:
         seconds = self.times.estimate(self.times.nearest(batch, self.max_draft_tokens), num_draft_tokens)
         return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
 
-    def _next_width(self) -> int:
-        """The K after the one that was last timed again, but for the one that is served; plain decode first."""
-        following = (self._rechecked + 1) % (self.max_draft_tokens + 1)
-        return following if following != self.chosen else (following + 1) % (self.max_draft_tokens + 1)
+    def _next_width(self, batch: int) -> int:
+        """The K that is to be timed again: the least known, of several in turn; not the one that is served."""
+        num_widths = self.max_draft_tokens + 1
+        others = [width for width in range(num_widths) if width != self.chosen]
+        return min(others, key=lambda k: (self.times.num_observed(batch, k), (k - self._rechecked - 1) % num_widths))
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
@@ -208,9 +211,10 @@ class Policy:
         if is_better:
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
-            self._probe_steps = self.settings.min_probe_steps
+            self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         elif after_trial and self._is_probe:
-            self._probe_steps = self._steps_between_probes(batch, self._steps_since_trial)
+            affordable = self._steps_between_probes(batch, self._steps_since_trial)
+            self._probe_steps = min(2 * self._probe_steps, affordable)
         others = {k: value for k, value in known.items() if k != before}
         other = before if is_better else max(others, key=lambda k: others[k], default=None)
         if (is_better or after_trial) and other is not None:

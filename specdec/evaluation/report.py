@@ -15,7 +15,7 @@ METHOD = (
     "server's own count (usage), never chunks.",
     "TPOT is (end to end − first token) / (output tokens − 1). The speed-up of a task is its median TPOT over repeats, "
     "baseline / arm; the figure is the median over tasks, its interval a bootstrap over blocks of tasks. Acceptance "
-    "length τ is 1 + accepted draft tokens / drafts; acceptance rate α is accepted / drafted tokens; counts are divided last.",
+    "length τ is 1 + accepted draft tokens / drafts; rate α is accepted / drafted tokens; counts are divided last.",
     "The first visible token is the first after the thinking. Latency percentiles are over requests without error. "
     "Throughput is output tokens over the time in which the arm was busy.",
 )

@@ -129,6 +129,24 @@ def test_within_five_seconds_a_useless_head_costs_little_at_any_load(width, plai
         assert true_goodput(policy.chosen) > 0.93 * best, (batch, policy.chosen)
 
 
+@pytest.mark.parametrize("slow", [1.5, 3, 10])
+@pytest.mark.parametrize("slow_width", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_first_trial_on_a_cold_machine_is_soon_corrected(batch, slow_width, slow):
+    """The first steps of a K take ``slow`` times as long, and the first prompts are of another kind."""
+    left = {slow_width: 8}
+
+    def cold(batch: int, width: int) -> float:
+        left[width] = left.get(width, 0) - 1
+        return step_sec(batch, width) * (slow if left[width] >= 0 else 1)
+
+    engine = Engine(Policy(K, GOOD), cost=cold)
+    engine.run(30, batch, BAD).run(400, batch, GOOD)
+    engine.tokens = engine.oracle_tokens = 0.0
+    engine.cost = step_sec
+    assert engine.run(600, batch, GOOD).against_oracle > 0.94, engine.policy.reason
+
+
 def test_a_head_that_turns_bad_and_good_again_comes_back():
     engine = Engine(Policy(K, GOOD)).run(800, 2, GOOD)
     assert engine.widths[-1] > 0

@@ -98,9 +98,7 @@ def draw_by_suite(figure: Any, result: Tree) -> Caption | None:
     lines = [_line(suite, dig(facts, "comparisons")) for suite, facts in suites.items()]
     if len(suites) != 1:
         lines.append(_line("all suites", cell.get("comparisons")))
-    return _draw_lines(
-        figure, result, lines, "Median over tasks, 95% interval (bootstrap over blocks of tasks)."
-    )
+    return _draw_lines(figure, result, lines, "Median over tasks, 95% interval (bootstrap over blocks of tasks).")
 
 
 def draw_by_condition(figure: Any, result: Tree) -> Caption | None:
