@@ -65,7 +65,8 @@ class SpecdecEndpoints:
         app.add_middleware(
             RequestGuard,
             max_body_bytes=max_request_bytes(os.environ.get(MAX_BYTES_VARIABLE)),
-            max_draft_tokens=self.facts.get("max_speculative_tokens"),
+            max_draft_tokens=self.facts.get("max_speculative_tokens") or None,  # 0: plain, where any number is met
+            is_authorised=self.is_authorised,
         )
         app.add_middleware(FreshMetrics, engine=lambda: self.engine)
         page = HTMLResponse(live_page(), headers=NO_STORE)
@@ -114,7 +115,7 @@ class SpecdecEndpoints:
 
     async def put_policy(self, request: Request) -> Response:
         """``PUT /specdec/policy``; changes what everybody gets, so it needs vLLM's API key where there is one."""
-        if not self._authorised(request):
+        if not self.is_authorised(request.headers.get("Authorization", "")):
             return refusal(401, "setting the policy needs this server's API key: Authorization: Bearer KEY")
         policy = read_policy(await _start_of_body(request, LONGEST_POLICY_BYTES))
         status = await self.status()
@@ -132,8 +133,6 @@ class SpecdecEndpoints:
 
         Everything that can be said against it is said before the engine hears of it: 409 with the reason.
         """
-        if not self._authorised(request):
-            return refusal(401, "swapping the head needs this server's API key: Authorization: Bearer KEY")
         directory = read_directory(await _start_of_body(request, LONGEST_PATH_BYTES))
         async with self._swap:
             status = await self.status()
@@ -165,8 +164,9 @@ class SpecdecEndpoints:
             "running": self.facts["head_dir"],
         }
 
-    def _authorised(self, request: Request) -> bool:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    def is_authorised(self, authorization: str) -> bool:
+        """Whether this ``Authorization`` header holds one of vLLM's API keys, or none is needed."""
+        scheme, _, given = authorization.partition(" ")
         accepted = [hmac.compare_digest(given.encode(), key.encode()) for key in self.api_keys]
         return not self.api_keys or (scheme.lower() == "bearer" and any(accepted))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -43,22 +44,33 @@ def max_request_bytes(text: str | None) -> int:
 
 
 class RequestGuard:
-    """Middleware for POST: 413 for a body over ``max_body_bytes``, 400 for a bad ``vllm_xargs.specdec``.
+    """Middleware for POST: 401 without an API key where there is one, 413 for a body over ``max_body_bytes``, 400 for a
+    bad ``vllm_xargs.specdec``.
 
-    On whatever path: vLLM takes prompts on some outside of ``/v1`` as well (``/tokenize``, ``/invocations``).
+    On whatever path: vLLM takes prompts on some that its own key does not guard (``/tokenize``, ``/invocations``).
 
     The body is read as a whole, as vLLM would, and handed on; everything after it (a client that leaves) passes.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_draft_tokens: int | None = None) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_draft_tokens: int | None = None,
+        is_authorised: Callable[[str], bool] = lambda authorization: True,
+    ) -> None:
+        self.app, self.max_body_bytes, self.is_authorised = app, max_body_bytes, is_authorised
         self.max_draft_tokens = WIDEST_DRAFT if max_draft_tokens is None else max_draft_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        if not self.is_authorised(headers.get("authorization", "")):
+            await refusal(401, "this server wants its API key: Authorization: Bearer KEY")(scope, receive, send)
+            return
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_body_bytes):
             await self._too_large()(scope, receive, send)
             return

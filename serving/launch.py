@@ -241,7 +241,10 @@ def _policy(serve: ServeConfig, speculative: dict[str, Any] | None, device: Devi
     """
     policy = serve.policy or (AUTO if device.kind == "cpu" else STATIC)
     if policy != STATIC:
-        parse_policy(policy)
+        _, width = parse_policy(policy)
+        widest = int(speculative["num_speculative_tokens"]) if speculative else None
+        if width is not None and widest is not None and width > widest:
+            raise ValueError(f"policy {policy} asks for more draft tokens than the {widest} that are served")
     has_table = "num_speculative_tokens_per_batch_size" in (speculative or {})  # what the user wants to decide by
     # Engines that step in lockstep must draft alike, and each would choose for itself.
     is_lockstep = (user.get_int("--data-parallel-size") or 1) > 1

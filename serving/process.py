@@ -141,7 +141,9 @@ class RunningServer:
         """Kill it, with everything below it, and wait until it is gone. May be called again."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        if self._process.wait() == -signal.SIGKILL:  # the reaper was killed, and what it watched holds the port
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self.log.join(timeout=2.0)
         self._client.close()
 

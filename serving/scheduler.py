@@ -156,6 +156,7 @@ class Guard:
         scheduler.specdec, scheduler.dynamic_sd_lookup = None, None
         if reports is not None:
             reports.failures += 1
+            reports.event("failure", scheduler.specdec_failure)
         return True
 
 
@@ -180,7 +181,8 @@ def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None
             control.set_policy(asked["policy"])
         width = getattr(scheduler, "num_spec_tokens", 0)
         mode = "safe" if failure else "fixed" if width else "plain"
-        alone = {"mode": mode, "num_speculative_tokens": width, "reason": failure}
+        totals = {"policy_failures": int(bool(failure))}
+        alone = {"mode": mode, "num_speculative_tokens": width, "reason": failure, "totals": totals}
         return json.dumps({**(control.status(failure) if control is not None else alone), **(facts or {})})
     except Exception as error:  # the engine must not fall over a question
         return json.dumps({"error": str(error)})

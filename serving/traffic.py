@@ -57,7 +57,8 @@ class TrafficLog:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ValueError(f"keep_traffic: cannot write to {directory}: {error.strerror}") from error
-        self.directory, self.share, self.file_bytes = directory, share, max(1, max_bytes // NUM_FILES)
+        self.directory, self.share, self.max_bytes = directory, share, max_bytes
+        self.file_bytes = max(1, max_bytes // NUM_FILES)  # a longer row is not kept
         self.num_kept = self.num_dropped = 0
         self._end_torn_line()
         self._random = random.Random(seed)
@@ -69,8 +70,10 @@ class TrafficLog:
         """Perhaps keep this request; returns at once."""
         if not completion_ids or self._random.random() >= self.share:
             return
-        row = json.dumps({"prompt_ids": list(prompt_ids), "completion_ids": list(completion_ids)})
+        row = json.dumps({"prompt_ids": list(prompt_ids), "completion_ids": list(completion_ids)}) + "\n"
         try:
+            if len(row) > self.file_bytes:
+                raise queue.Full
             self._rows.put_nowait(row)
         except queue.Full:
             self.num_dropped += 1
@@ -106,10 +109,17 @@ class TrafficLog:
         files = self.files()
         if not files or files[-1].stat().st_size + len(row) > self.file_bytes:
             number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
+            self._make_room(files)
             files.append(self.directory / f"served-{number:08d}.jsonl")
-            for old in files[:-NUM_FILES]:
-                with contextlib.suppress(FileNotFoundError):
-                    old.unlink()
         descriptor = os.open(files[-1], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a") as lines:
-            lines.write(row + "\n")
+            lines.write(row)
+
+    def _make_room(self, files: list[Path]) -> None:
+        """Drop the oldest, until another file fits: they may be of a server that was allowed more."""
+        sizes = {path: path.stat().st_size for path in files}
+        for old in files:
+            if len(sizes) < NUM_FILES and sum(sizes.values()) + self.file_bytes <= self.max_bytes:
+                return
+            sizes.pop(old)
+            old.unlink(missing_ok=True)

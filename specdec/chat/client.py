@@ -84,7 +84,7 @@ class ChatClient:
         Raises:
             ChatError: the server isn't there, refuses, reports an error, or the stream ends before the answer does.
         """
-        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        body = {**body, "stream": True, "stream_options": {"include_usage": True, **body.get("stream_options", {})}}
         is_complete = has_begun = False
         try:
             with self._http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:

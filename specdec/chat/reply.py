@@ -47,6 +47,11 @@ class Reply:
         """Of this reply, as vLLM reports it with ``--per-request-spec-decode-metrics``; None where it does not."""
         return self._acceptance.acceptance_length
 
+    @property
+    def tok_per_sec(self) -> float | None:
+        """So far, from its request on; None where the server does not count as it goes."""
+        return metrics.tokens_per_sec(self.result.num_output_tokens or 0, self.result.e2e_sec or 0.0) or None
+
     def take(self, chunk: dict[str, Any]) -> list[Piece]:
         """Add a chunk that has just come. Returns what can be shown now.
 
@@ -89,8 +94,7 @@ def figures_line(reply: Reply, served_acceptance_length: float | None, stopped: 
     parts = ["stopped"] if stopped else []
     if result.num_output_tokens is not None:
         parts.append(f"{result.num_output_tokens} tokens")
-        rate = metrics.tokens_per_sec(result.num_output_tokens, result.e2e_sec or 0.0)
-        parts += [f"{rate:.1f} tokens/s"] if rate is not None else []
+        parts += [f"{reply.tok_per_sec:.1f} tokens/s"] if reply.tok_per_sec is not None else []
     if result.ttft_sec is not None:
         parts.append(f"TTFT {result.ttft_sec:.2f} s")
     if reply.thinking_sec is not None:

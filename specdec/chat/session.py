@@ -38,6 +38,8 @@ class Conversation:
         self._opens_think = client.opens_think(model)
         given = {"model": model, "temperature": options.temperature, "max_tokens": options.max_tokens}
         self._settings = {key: value for key, value in given.items() if value is not None}
+        if self._opens_think is not None:  # it is vLLM, and counts as it goes when asked to
+            self._settings["stream_options"] = {"continuous_usage_stats": True}
         self._system = [{"role": "system", "content": options.system}] if options.system else []
         self._turns: list[dict[str, str]] = []
 
@@ -75,6 +77,8 @@ class Conversation:
             for chunk in chunks:
                 for piece in reply.take(chunk):
                     self._view.show(piece)
+                if reply.tok_per_sec is not None:
+                    self._view.speed(reply.tok_per_sec)
 
 
 def run_chat(options: ChatOptions) -> None:

@@ -23,6 +23,9 @@ class View(Protocol):
     def show(self, piece: Piece) -> None:
         """A piece of the current reply."""
 
+    def speed(self, tok_per_sec: float) -> None:
+        """How fast the reply comes, so far."""
+
     def end_reply(self) -> None:
         """The reply is over, complete or not."""
 
@@ -56,6 +59,9 @@ class PlainView:
         if piece.kind == ANSWER and text:
             self._end_line(THINKING, sys.stderr)
         _write(sys.stdout if piece.kind == ANSWER else sys.stderr, text)
+
+    def speed(self, tok_per_sec: float) -> None:
+        pass  # it has no place that can change
 
     def end_reply(self) -> None:
         self._end_line(THINKING, sys.stderr)
@@ -94,6 +100,10 @@ class TerminalView:
             self._change_to(piece.kind)
         text = self._lines.clean(piece.text.translate(_CONTROLS))
         self._console.out(text, style=DIM if piece.kind == THINKING else None, end="")
+
+    def speed(self, tok_per_sec: float) -> None:
+        if self._console.color_system is not None:  # a terminal without colours may not know titles either
+            self._console.set_window_title(f"{tok_per_sec:.0f} tokens/s")
 
     def end_reply(self) -> None:
         self._end_line()

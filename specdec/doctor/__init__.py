@@ -44,10 +44,16 @@ def diagnose(directory: Path, target: Target) -> list[Finding]:
     """Every finding, the gravest kinds first; empty for a clean head.
 
     Raises:
-        ValueError: the head's files can't be read, or it is of no known kind.
+        ValueError: the head's files can't be read, hold what no head's files hold, or it is of no known kind.
     """
     head = HeadFiles.read(directory)
-    return [*_by_kind(head, target), *_by_manifest(directory, target)]
+    try:
+        return [*_by_kind(head, target), *_by_manifest(directory, target)]
+    except (TypeError, AttributeError, KeyError, IndexError, OSError) as error:
+        raise ValueError(
+            f"{directory} can't be judged: its files hold something unexpected ({type(error).__name__}: {error}); "
+            "compare config.json with that of a head that works"
+        ) from error
 
 
 def _by_kind(head: HeadFiles, target: Target) -> Iterator[Finding]:

@@ -298,6 +298,7 @@ def test_in_a_terminal_thinking_is_dim_ctrl_c_stops_an_answer_and_then_ends():
         assert "scripted at" in person.read_until("> ")
         person.type("2+2?\n")
         shown = person.read_until("\x1b[2m9 tokens")
+        assert re.search("\x1b]0;[0-9]+ tokens/s\x07", shown), "the title shows the speed while tokens come"
         assert "\x1b[2mhm" in shown and "It ]0;titleis 4." in shown.replace("\x1b[0m", "")
         person.read_until("> ")
         person.type("count\n")

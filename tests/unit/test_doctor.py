@@ -205,6 +205,18 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
         codes(other)
 
 
+@pytest.mark.parametrize(
+    "key", ["architectures", "eagle_aux_hidden_state_layer_ids", "rope_scaling", "rope_parameters"]
+)
+def test_a_config_that_holds_nonsense_is_one_line(tmp_path, key):
+    config, shapes, integers = eagle3()
+    head = write(tmp_path / "head", {**config, key: 7}, shapes, integers)
+    try:
+        assert codes(head)
+    except ValueError as error:
+        assert "can't be judged" in str(error)
+
+
 def test_the_command_s_exit_codes(tmp_path, monkeypatch):
     clean = write(tmp_path / "clean", *eagle3())
     config, shapes, integers = eagle3()

@@ -137,6 +137,33 @@ def test_api_key_of_the_environment_counts_as_vllms_does(monkeypatch):
     assert ask(app, "PUT", "/specdec/policy", content=b"off").status_code == 401
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations", "/tokenize"])
+def test_no_request_gets_past_the_guard_without_the_key(path):
+    app, _ = make_app(FakeEngineClient(make_status()), api_key=["secret"])
+    app.add_api_route("/invocations", lambda: {}, methods=["POST"])
+    app.add_api_route("/tokenize", lambda: {}, methods=["POST"])
+    assert "API key" in message(ask(app, "POST", path, json={}))
+    assert ask(app, "POST", path, json={}, headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_requests_are_guarded(monkeypatch):
+    monkeypatch.setenv("SPECDEC_MAX_REQUEST_BYTES", "200")
+    monkeypatch.setenv("SPECDEC_STATUS", json.dumps({"max_speculative_tokens": 3}))
+    app, _ = make_app(FakeEngineClient(make_status()))
+    answers = [
+        ask(app, "POST", "/v1/completions", json={"prompt": "a" * size, "vllm_xargs": {"specdec": wish}})
+        for size, wish in ((1, 3), (1, 4), (1, "fast"), (300, 3))
+    ]
+    assert [answer.status_code for answer in answers] == [200, 400, 400, 413]
+    assert "0 to 3" in message(answers[1])
+
+
+def test_a_server_that_came_up_plain_takes_wishes_that_speculation_would_have_met(monkeypatch):
+    monkeypatch.setenv("SPECDEC_STATUS", json.dumps({"max_speculative_tokens": 0}))
+    app, _ = make_app(FakeEngineClient(plain_status()))
+    assert ask(app, "POST", "/v1/completions", json={"vllm_xargs": {"specdec": 2}}).status_code == 200
+
+
 REQUESTS = [("GET", "/specdec/status"), ("GET", "/specdec/policy"), ("PUT", "/specdec/policy")]
 
 

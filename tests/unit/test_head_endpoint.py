@@ -68,6 +68,11 @@ def test_a_head_that_does_not_fit_is_refused_and_the_engine_never_hears_of_it(ru
     assert response.status_code == 409
     assert message(response).startswith("the head stays as it is: ") and "truncated" in message(response)
     assert "does not exist" in message(post(app, tmp_path / "third"))
+    config = tmp_path / "second" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": 7}))
+    weights.write_bytes(weights.read_bytes() + bytes(4))
+    response = post(app, tmp_path / "second")
+    assert response.status_code == 409 and "can't be judged" in message(response)
     assert swaps(client) == []
 
 

@@ -269,6 +269,8 @@ def test_a_policy_brings_its_scheduler_and_what_training_measured():
     assert "--scheduler-cls" not in plan(device=CUDA).argv
     with pytest.raises(ValueError, match="auto, off or fixed:K"):
         plan(policy="sometimes")
+    with pytest.raises(ValueError, match="policy fixed:9 asks for more draft tokens than the 3 that are served"):
+        plan(policy="fixed:9")
 
 
 def test_nobody_else_s_choice_of_k_is_taken_over():

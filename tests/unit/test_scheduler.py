@@ -230,6 +230,7 @@ def test_a_failing_policy_leaves_the_fixed_width_and_a_living_engine(monkeypatch
     status = json.loads(command(scheduler, '{"command": "status"}'))
     assert status["mode"] == "safe" and "broken policy" in status["reason"]
     assert status["totals"]["policy_failures"] == 1
+    assert status["events"][-1]["kind"] == "failure" and "broken policy" in status["events"][-1]["what"]
     assert "broken policy" in json.loads(command(scheduler, '{"command": "policy", "policy": "auto"}'))["error"]
 
 

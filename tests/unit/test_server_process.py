@@ -138,6 +138,28 @@ def test_kill_9_of_the_owner_leaves_no_orphan(tmp_path: Path):
     fake.assert_nothing_left()
 
 
+def test_kill_9_of_the_reaper_leaves_no_orphan_either(tmp_path: Path):
+    """Whoever holds the port would keep the next server from starting."""
+    fake = Fake(tmp_path, "deaf")
+    fake.ready()
+    [reaper] = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and is_reaper_of(entry, fake.process.pid)
+    ]
+    os.kill(reaper, signal.SIGKILL)
+    assert fake.end()[0] == 1
+    fake.assert_nothing_left()
+
+
+def is_reaper_of(process: Path, owner: int) -> bool:
+    try:
+        parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        return parent == owner and "reaper.py" in (process / "cmdline").read_text()
+    except OSError:
+        return False
+
+
 def test_a_failed_start_says_why_and_keeps_the_log(tmp_path: Path):
     fake = Fake(tmp_path, "fail", log=tmp_path / "server.log")
     code, out, err = fake.end()

@@ -39,6 +39,20 @@ def test_the_folder_stays_within_its_bound_and_keeps_the_newest(tmp_path):
     assert kept == list(range(200 - len(kept), 200)) and len(kept) > 20
 
 
+def test_a_row_that_is_too_long_is_dropped_and_a_lower_bound_holds_for_what_is_there(tmp_path):
+    log = TrafficLog(tmp_path, 1.0, 16_000)
+    log.finished([1] * 2000, [2])
+    for number in range(60):
+        log.finished([number] * 20, [number] * 40)
+    log.close()
+    assert (log.num_kept, log.num_dropped) == (60, 1)
+    less = TrafficLog(tmp_path, 1.0, 6_400)
+    for number in range(10):
+        less.finished([number] * 20, [number] * 40)
+    less.close()
+    assert sum(path.stat().st_size for path in less.files()) <= 6_400 and rows(less)[-1]["prompt_ids"][0] == 9
+
+
 def test_a_share_is_kept_and_a_restart_goes_on(tmp_path):
     log = TrafficLog(tmp_path, 0.25, 10**7, seed=1)
     for _ in range(200):
