@@ -27,6 +27,7 @@ from specdec.config import TargetConfig
 from specdec.manifest import TargetFingerprint
 from specdec.r1 import has_r1_turns, is_r1_name
 from specdec.record import text_sha256, write_json_atomic
+from specdec.safetensors_header import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +150,14 @@ def _open_target(name: str, path: Path) -> Target:
         raise ValueError(
             f"target {name} is a {architecture}; supported: {', '.join(SUPPORTED_ARCHITECTURES)} (all R1-Distill sizes)"
         )
-    if not any(path.glob("*.safetensors")):
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
         raise ValueError(f"target {name}: no .safetensors file in {path}; save the model with save_pretrained() first")
+    for shard in shards:
+        try:
+            read_header(shard)
+        except ValueError as error:
+            raise ValueError(f"target {name}: {error}") from error
     sampling: dict[str, float] = {}
     generation_config = path / "generation_config.json"
     if generation_config.is_file():

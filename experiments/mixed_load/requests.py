@@ -19,14 +19,21 @@ SCHEMA = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One request. ``greedy_key``: its text must be the plain server's for this key. ``abort_after``: chunks."""
+    """One request. ``abort_after``: chunks."""
 
     kind: str
     path: str = CHAT
     body: dict[str, Any] | bytes = field(default_factory=dict)
     status: int = 200
-    greedy_key: str | None = None
     abort_after: int | None = None
+
+    @property
+    def greedy(self) -> Request | None:
+        """What a plain server is asked for the text that this must give, or begin; None where no text must be given."""
+        if self.status != 200 or not isinstance(self.body, dict) or self.body.get("temperature") != 0:
+            return None
+        body = {key: value for key, value in self.body.items() if key not in ("stream", "vllm_xargs")}
+        return Request(kind="reference", path=self.path, body=body)
 
 
 def prompts(count: int) -> list[str]:
@@ -52,17 +59,17 @@ def _body(text: str, model: str, **more: Any) -> dict[str, Any]:
 
 
 def _greedy(rng: random.Random, text: str, model: str, length: int) -> Request:
-    return Request(kind="greedy", body=_body(text, model, temperature=0), greedy_key=text)
+    return Request(kind="greedy", body=_body(text, model, temperature=0))
 
 
 def _greedy_stream(rng: random.Random, text: str, model: str, length: int) -> Request:
-    return Request(kind="greedy, streamed", body=_body(text, model, temperature=0, stream=True), greedy_key=text)
+    return Request(kind="greedy, streamed", body=_body(text, model, temperature=0, stream=True))
 
 
 def _greedy_off(rng: random.Random, text: str, model: str, length: int) -> Request:
     wish = rng.choice(["off", "auto", 1, "2", 3])
     body = _body(text, model, temperature=0, vllm_xargs={"specdec": wish})
-    return Request(kind="greedy, own width", body=body, greedy_key=text)
+    return Request(kind="greedy, own width", body=body)
 
 
 def _sampled(rng: random.Random, text: str, model: str, length: int) -> Request:

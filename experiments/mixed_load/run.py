@@ -1,7 +1,8 @@
 """A thousand requests of every kind at once, and the policy changed all the time: no dead engine, no wrong status.
 
-Greedy answers are compared with those of a plain server that got them one by one; beside it stands how often that
-server differs from itself when it gets them many at once. In float32, where few logits tie.
+Whatever is asked at temperature 0 (with stop strings, a schema, streamed, broken off) is compared with what a plain
+server gave one by one; beside it stands how often that server differs from itself when it gets them many at once. In
+float32, where few logits tie.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from experiments.mixed_load.kill import kill_engine
 from experiments.mixed_load.requests import Request, make_requests
 from specdec.config import RunConfig
 from specdec.evaluation.arm_specs import ArmSpec
@@ -79,9 +81,9 @@ async def change_policies(url: str, statuses: Counter[int | str]) -> None:
 
 async def measure(plain: str, spec: str, model: str, count: int) -> dict[str, Any]:
     requests = make_requests(count, model, MAX_MODEL_LEN)
-    greedy = {r.greedy_key: r for r in requests if r.greedy_key and r.kind == "greedy"}
+    greedy = {key(each): each for request in requests if (each := request.greedy) is not None}
     alone = await send_all(plain, list(greedy.values()), 1, "plain, one by one")
-    reference = {key: text for key, (_, text) in zip(greedy, alone, strict=True)}
+    reference = {name: text for name, (_, text) in zip(greedy, alone, strict=True)}
     together = await send_all(plain, list(greedy.values()), CONCURRENCY, "plain, many at once")
     policies: Counter[int | str] = Counter()
     changing = asyncio.create_task(change_policies(spec, policies))
@@ -97,21 +99,35 @@ async def measure(plain: str, spec: str, model: str, count: int) -> dict[str, An
         found.setdefault(request.kind, Counter())[str(code)] += 1
         if code != request.status:
             wrong.append({"kind": request.kind, "expected": request.status, "got": code})
-    compared = [
-        reference[request.greedy_key] == text
-        for request, (_, text) in zip(requests, answers, strict=True)
-        if request.greedy_key in reference
-    ]
+    compared = {
+        kind: [
+            is_equal(reference[key(each)], text, request.abort_after is not None)
+            for request, (_, text) in zip(requests, answers, strict=True)
+            if request.kind == kind and (each := request.greedy) is not None
+        ]
+        for kind in found
+    }
+    equal = [each for kind in compared.values() for each in kind]
     return {
         "num_requests": count, "statuses": {kind: dict(each) for kind, each in sorted(found.items())}, "wrong": wrong,
         "policy_changes": {str(code): number for code, number in policies.items()},
-        "greedy_identity_rate": sum(compared) / len(compared), "num_compared": len(compared),
+        "greedy_identity_rate": sum(equal) / len(equal), "num_compared": len(equal),
+        "greedy_equal_of_kind": {kind: [sum(each), len(each)] for kind, each in sorted(compared.items()) if each},
         "plain_identity_rate_many_at_once": sum(
-            reference[key] == text for key, (_, text) in zip(greedy, together, strict=True)
+            reference[name] == text for name, (_, text) in zip(greedy, together, strict=True)
         ) / len(greedy),
         "status_after": {key: status.get(key) for key in ("mode", "policy", "reason", "uptime_sec", "k_histogram")},
         "num_restarts": status.get("num_restarts"),
     }  # fmt: skip
+
+
+def key(request: Request) -> str:
+    """Equal for equal questions."""
+    return json.dumps([request.path, request.body], sort_keys=True)
+
+
+def is_equal(reference: str, text: str, is_broken_off: bool) -> bool:
+    return bool(text) and reference.startswith(text) if is_broken_off else reference == text
 
 
 def main() -> None:
@@ -127,9 +143,12 @@ def main() -> None:
     with open_arms(specs, config, Path("runs/mixed_load")) as arms:
         urls = arms["plain"].url, arms["spec"].url
         result = asyncio.run(measure(*urls, arms["plain"].model, options.requests))
+    result["engine_killed"] = asyncio.run(kill_engine(options.head, config))
     result["provenance"] = provenance(head=str(options.head))
     write_json_atomic(OUT, result)
-    print(json.dumps({key: value for key, value in result.items() if key not in ("provenance", "statuses")}))
+    print(json.dumps({name: value for name, value in result.items() if name not in ("provenance", "statuses")}))
+    if result["wrong"] or result["num_restarts"]:
+        raise SystemExit("a status was wrong, or the engine died: see result.json")
 
 
 if __name__ == "__main__":

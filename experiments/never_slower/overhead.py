@@ -1,58 +1,88 @@
-"""What the control costs the engine's process: microseconds of CPU a step at 256 requests, median of rounds."""
+"""What the control costs the engine at 256 requests: microseconds a step in a real server, beside the step itself."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
-import random
 import statistics
-import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-from serving.control import Control
-from serving.monitor import Monitor, SpanTracker
-from serving.policy import Policy
+import httpx
 
-NUM_REQUESTS, WIDTH, STEPS, ROUNDS = 256, 3, 200, 9
-WORK = Path("runs/never_slower")
+from experiments.never_slower.steady import WORK, servers
+from specdec.evaluation.arms import open_arms
+from specdec.progress import progress_bar
+
+NUM_REQUESTS, TOKENS, ROUNDS = 256, 48, 5
 
 
-def step_usec(rng: random.Random) -> float:
-    """Hooks of one step: schedule, a verification each request, choose, the end."""
-    requests = [
-        SimpleNamespace(request_id=f"r{i}", prompt_token_ids=[1] * 64, output_token_ids=[2] * rng.randrange(4096))
-        for i in range(NUM_REQUESTS)
-    ]
-    rates = [0.6, 0.7, 0.6]
-    control = Control(Policy(WIDTH, rates), Monitor(WIDTH, rates), SpanTracker([7], [8]), rates)
-    names = [request.request_id for request in requests]
-    output = SimpleNamespace(
-        scheduled_spec_decode_tokens={name: [5] * WIDTH for name in names},
-        num_scheduled_tokens=dict.fromkeys(names, 1 + WIDTH),
-        scheduled_new_reqs=[],
-        num_spec_tokens_to_schedule=WIDTH,
-    )
-    accepted = [rng.randrange(WIDTH + 1) for _ in range(NUM_REQUESTS)]
-    begun = time.thread_time()
-    for _ in range(STEPS):
-        control.choose(NUM_REQUESTS, names)
-        control.scheduled(output)
-        for request, count in zip(requests, accepted, strict=True):
-            control.drafted(request, WIDTH, count)
-        control.ended(2 * NUM_REQUESTS, lambda name: True)
-    return (time.thread_time() - begun) / STEPS * 1e6
+async def load(client: httpx.AsyncClient, model: str) -> None:
+    """All requests at once, of one length, so that the batch is full while they decode."""
+
+    async def one(number: int) -> None:
+        body = {
+            "model": model, "prompt": f"Tell me about the number {number}.", "max_tokens": TOKENS, "temperature": 0,
+            "ignore_eos": True,
+        }  # fmt: skip
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+
+    await asyncio.gather(*(one(number) for number in range(NUM_REQUESTS)))
+
+
+async def totals(client: httpx.AsyncClient) -> dict[str, Any]:
+    await asyncio.sleep(1.0)  # an answer may be shared for half a second
+    return (await client.get("/specdec/status")).raise_for_status().json()["totals"]
+
+
+async def rounds(url: str, model: str) -> list[dict[str, float]]:
+    """Of each round: microseconds of the control and of the whole, a decode step; and the sequences in it."""
+    found = []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+        await load(client, model)
+        with progress_bar("policy overhead", ROUNDS) as advance:
+            before = await totals(client)
+            for _ in range(ROUNDS):
+                await load(client, model)
+                after = await totals(client)
+                num_steps = after["num_steps"] - before["num_steps"]
+                control_usec = sum(
+                    sign * each["policy_usec_per_step"] * each["num_steps"] for sign, each in ((1, after), (-1, before))
+                )
+                found.append(
+                    {
+                        "control_usec": control_usec / num_steps,
+                        "step_usec": 1e6 * (after["decode_sec"] - before["decode_sec"]) / num_steps,
+                        "sequences": (after["num_sequence_steps"] - before["num_sequence_steps"]) / num_steps,
+                    }
+                )
+                before = after
+                advance(1, f"{NUM_REQUESTS} requests")
+    return found
 
 
 def main() -> None:
-    rng = random.Random(0)
-    rounds = sorted(step_usec(rng) for _ in range(ROUNDS))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--head", type=Path, required=True)
+    head = parser.parse_args().head
+    path = WORK / "overhead.json"
+    if path.is_file():
+        return
+    specs, config = servers(head, head, num_seqs=NUM_REQUESTS)
+    config.serve.kv_cache_gib = 2
+    with open_arms([spec for spec in specs if spec.name == "auto"], config, WORK / "overhead") as started:
+        found = asyncio.run(rounds(started["auto"].url, started["auto"].model))
+    control = [each["control_usec"] for each in found]
     figures = {
-        "policy_overhead_usec": statistics.median(rounds),
-        "policy_overhead_usec_range": [rounds[0], rounds[-1]],
-        "policy_overhead_num_requests": NUM_REQUESTS,
+        "policy_overhead_usec": statistics.median(control),
+        "policy_overhead_usec_range": [min(control), max(control)],
+        "policy_overhead_share": statistics.median(each["control_usec"] / each["step_usec"] for each in found),
+        "policy_overhead_step_usec": statistics.median(each["step_usec"] for each in found),
+        "policy_overhead_num_requests": statistics.median(each["sequences"] for each in found),
     }
-    WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "overhead.json").write_text(json.dumps(figures))
+    path.write_text(json.dumps(figures))
     print(json.dumps(figures))
 
 

@@ -10,7 +10,7 @@ head=${1:-runs/demo/head}
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-"$python" experiments/never_slower/overhead.py
+"$python" experiments/never_slower/overhead.py --head "$head"
 "$python" experiments/never_slower/steady.py --head "$head" --repeats "${2:-2}" --tokens "${3:-48}"
 "$python" experiments/never_slower/shift.py --head "$head"
 "$python" experiments/never_slower/verdict.py

@@ -57,8 +57,11 @@ class Watch(threading.Thread):
                 "fallback_share", "alarm", "conditional_rates")  # fmt: skip
         with self.path.open("w") as lines:
             while not self.done.wait(0.5):
-                with urllib.request.urlopen(f"{self.url}/specdec/status", timeout=10) as page:
-                    status = json.load(page)
+                try:
+                    with urllib.request.urlopen(f"{self.url}/specdec/status", timeout=10) as page:
+                        status = json.load(page)
+                except OSError:  # a moment without an answer leaves a gap, not the rest of the line out
+                    continue
                 row = {"at_sec": time.time(), "phase": self.phase, **{key: status[key] for key in keys}}
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()

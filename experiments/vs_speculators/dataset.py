@@ -18,7 +18,7 @@ from draft_training.features import TargetModel, length_groups
 from draft_training.heads.eagle3.config import Eagle3Options
 from draft_training.prepare import CARD_NAME
 from draft_training.row_store import load_rows, save_split
-from draft_training.train import choose_draft_tokens
+from draft_training.train import choose_draft_tokens, count_completion_tokens
 from experiments.vs_speculators.sides import DRAFT_VOCAB_SIZE
 from specdec.config import RunConfig
 from specdec.device import detect_device
@@ -51,7 +51,7 @@ def write_features(rows: list[TokenRow], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     with progress_bar("target features for the rival", len(rows)) as advance:
-        for group in length_groups(order, rows, BATCH_TOKENS):
+        for group in length_groups(order, lambda i: len(rows[i].input_ids), BATCH_TOKENS):
             features = model.forward_rows([rows[i].input_ids for i in group], layer_ids)
             for index, row_features in zip(group, features, strict=True):
                 tensors = {
@@ -70,7 +70,8 @@ def main() -> None:
     write_features(rows, out / "hidden_states")
     vocab_size = int(resolve_target(RunConfig().target).config["vocab_size"])
     # It keeps the most frequent tokens: with ours alone in the table, it keeps ours.
-    torch.save(dict.fromkeys(choose_draft_tokens(train, vocab_size, DRAFT_VOCAB_SIZE), 1), out / "token_freq.pt")
+    ours = choose_draft_tokens(count_completion_tokens(train), vocab_size, DRAFT_VOCAB_SIZE)
+    torch.save(dict.fromkeys(ours, 1), out / "token_freq.pt")
     card = json.loads((rows_dir / CARD_NAME).read_text())
     for name, split in {"train": train[:PILOT_ROWS], "val": held_out[:4]}.items():
         table = load_from_disk(str(rows_dir / name))

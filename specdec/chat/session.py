@@ -36,8 +36,8 @@ class Conversation:
     def __init__(self, client: ChatClient, options: ChatOptions, model: str, view: View) -> None:
         self._client, self._view = client, view
         self._opens_think = client.opens_think(model)
-        given = {"model": model, "temperature": options.temperature, "max_tokens": options.max_tokens}
-        self._settings = {key: value for key, value in given.items() if value is not None}
+        given: dict[str, Any] = {"model": model, "temperature": options.temperature, "max_tokens": options.max_tokens}
+        self._settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if self._opens_think is not None:  # it is vLLM, and counts as it goes when asked to
             self._settings["stream_options"] = {"continuous_usage_stats": True}
         self._system = [{"role": "system", "content": options.system}] if options.system else []

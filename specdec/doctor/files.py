@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import array
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_HEADER_BYTES = 100 * 2**20
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies."""
-
-    path: Path
-    dtype: str  # as safetensors spells it: BF16, I64, ...
-    shape: tuple[int, ...]
-    start: int  # byte offset in the file
-    end: int
+from specdec.safetensors_header import TensorEntry, read_header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +43,7 @@ class HeadFiles:
         if not shards:
             raise ValueError(f"{directory} holds no .safetensors; convert its weights first")
         for shard in shards:
-            tensors |= _entries(shard)
+            tensors |= read_header(shard)
         return cls(directory=directory, config=config, tensors=tensors)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -76,32 +63,3 @@ class HeadFiles:
         if sys.byteorder == "big":
             values.byteswap()
         return values.tolist()
-
-
-def _entries(path: Path) -> dict[str, TensorEntry]:
-    """The header of one file (https://github.com/huggingface/safetensors, "Format"), checked against its size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path} is truncated or no safetensors file; copy or export it again")
-        try:
-            header = json.loads(file.read(header_bytes))
-            found = {
-                name: TensorEntry(
-                    path=path,
-                    dtype=str(entry["dtype"]),
-                    shape=tuple(entry["shape"]),
-                    start=8 + header_bytes + entry["data_offsets"][0],
-                    end=8 + header_bytes + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path} has a damaged header ({error}); copy or export it again") from error
-    for name, entry in found.items():
-        expected = math.prod(entry.shape) * ITEM_BYTES.get(entry.dtype, 0)
-        if entry.end > size or (expected and entry.end - entry.start != expected):
-            raise ValueError(f"{path} is truncated: tensor {name} reaches beyond its end; copy or export it again")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.integration.test_four_heads import (
     NEW_TOKENS,
     Workplace,
+    assert_no_failure,
     complete,
     make_workplace,
     served,
@@ -35,6 +37,26 @@ def ask_all(place: Workplace, facts: dict[str, Any]) -> tuple[int, list[int]]:
     """Drafts and accepted tokens by position, of twice all prompts, one after the other."""
     assert [complete(facts, ids) for ids in place.prompts * 2] == place.greedy * 2
     return served_acceptance(facts)
+
+
+def test_prompts_that_fill_a_step_while_the_head_rests_harm_nothing(place: Workplace, tmp_path: Path):
+    """What the head has put off and a full step's prompt do not fit its buffers together."""
+    trained_head(place, "eagle3", tmp_path / "head")
+    options = ("--target", str(place.files.path), "--head", str(tmp_path / "head"), "--policy", "off")
+    chunked = ("--enable-chunked-prefill", "--max-num-batched-tokens", "32")
+    with served(tmp_path, *options, vllm=chunked) as facts, ThreadPoolExecutor() as pool:
+        url, body = f"{facts['url']}/v1/completions", {"model": facts["model"], "ignore_eos": True}
+
+        def ask(length: int, tokens: int, **more: Any) -> int:
+            asked = {**body, "prompt": [7 + length] * length, "max_tokens": tokens, **more}
+            return httpx.post(url, json=asked, timeout=120, trust_env=False).status_code
+
+        running = pool.submit(ask, 4, 200)
+        # Seeded: vLLM winds a request's generator back after each chunk of its prompt, which CPU generators can't.
+        answers = [ask(length, 2, seed=1, temperature=0.7) for length in range(150, 170)]
+        assert [*answers, running.result()] == [200] * 21, (tmp_path / "stderr.log").read_text()[-3000:]
+        assert complete(facts, place.prompts[0]) == place.greedy[0]
+        assert_no_failure(facts)
 
 
 def test_the_head_rests_and_then_drafts_as_if_it_had_not(place: Workplace, tmp_path: Path, monkeypatch):

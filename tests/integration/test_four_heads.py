@@ -145,6 +145,12 @@ def trained_head(place: Workplace, name: str, directory: Path) -> Any:
     return head
 
 
+def assert_no_failure(facts: dict[str, Any]) -> None:
+    """Whether the policy still decides: what fails in it leaves K fixed, and shows here alone."""
+    status = httpx.get(f"{facts['url']}/specdec/status", timeout=30, trust_env=False).json()
+    assert (status["mode"] != "safe", status["totals"]["policy_failures"]) == (True, 0), status["reason"]
+
+
 @pytest.mark.parametrize("name", list_heads())
 def test_the_server_accepts_what_the_reference_decoder_accepts(workplace: Workplace, name: str, tmp_path: Path):
     head = trained_head(workplace, name, tmp_path / "head")
@@ -158,3 +164,8 @@ def test_the_server_accepts_what_the_reference_decoder_accepts(workplace: Workpl
         assert (facts["head"], facts["num_speculative_tokens"]) == (name, K)
         assert [complete(facts, ids) for ids in workplace.prompts] == workplace.greedy
         assert served_acceptance(facts) == (wanted.num_drafts, wanted.num_accepted_per_pos)
+        for policy in ("fixed:0", "fixed:1", "fixed:2", "auto"):
+            changed = httpx.put(f"{facts['url']}/specdec/policy", json={"policy": policy}, timeout=30, trust_env=False)
+            assert changed.status_code == 200, changed.text
+            assert [complete(facts, ids) for ids in workplace.prompts[:3]] == workplace.greedy[:3], policy
+        assert_no_failure(facts)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,10 @@ def check_chat(facts: dict[str, Any]) -> None:
     assert answer["usage"]["completion_tokens"] > 0
 
 
+def status(facts: dict[str, Any]) -> dict[str, Any]:
+    return httpx.get(f"{facts['url']}/specdec/status", timeout=30, trust_env=False).json()
+
+
 def metric(facts: dict[str, Any], name: str) -> float:
     text = httpx.get(f"{facts['url']}/metrics", trust_env=False).text
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(f"{name}{{"))
@@ -215,6 +220,7 @@ def test_a_corrupt_head_is_served_plain_and_the_reason_is_said(tiny_target: Targ
         assert (facts["mode"], facts["head"], facts["num_speculative_tokens"]) == ("plain", None, 0)
         assert "model.safetensors is truncated" in facts["reason"]
         check_chat(facts)
+        assert status(facts).items() >= {"mode": "plain", "reason": facts["reason"], "head": None}.items()
 
 
 def test_a_head_that_vllm_refuses_is_served_plain_and_the_reason_is_said(tiny_target: Target, tmp_path: Path):
@@ -227,7 +233,14 @@ def test_a_head_that_vllm_refuses_is_served_plain_and_the_reason_is_said(tiny_ta
         assert facts["mode"] == "plain"
         assert facts["reason"].startswith("with speculation: vLLM did not start: ")
         check_chat(facts)
-        assert_ends_cleanly(process, session_of(process))
+        assert status(facts).items() >= {"mode": "plain", "reason": facts["reason"]}.items()
+        with ThreadPoolExecutor() as pool:
+            body = {"prompt": [7] * 8, "max_tokens": 200, "ignore_eos": True}
+            in_flight = pool.submit(complete, facts, "/v1/completions", **body)
+            while metric(facts, "vllm:num_requests_running") == 0:
+                time.sleep(0.01)
+            assert_ends_cleanly(process, session_of(process))
+            assert in_flight.result()["usage"]["completion_tokens"] == 200
 
 
 def engine_core(session: int) -> int:
@@ -265,4 +278,9 @@ def test_an_engine_that_is_killed_under_load_serves_again_and_leaves_nothing(tin
         assert again == facts
         assert processes_of_session(first) == []
         check_chat(again)
-        assert_ends_cleanly(process, session_of(process))
+        second = session_of(process)
+        os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while left := processes_of_session(second):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)

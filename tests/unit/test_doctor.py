@@ -11,8 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec import cli
+from specdec.config import RunConfig
 from specdec.doctor import diagnose, kind_of
-from specdec.doctor.files import ITEM_BYTES, HeadFiles
+from specdec.doctor.files import HeadFiles
+from specdec.doctor.parity import check_parity
+from specdec.safetensors_header import ITEM_BYTES
 from specdec.targets import Target
 
 H, V, DRAFT = 8, 2000, 300
@@ -215,6 +218,42 @@ def test_a_config_that_holds_nonsense_is_one_line(tmp_path, key):
         assert codes(head)
     except ValueError as error:
         assert "can't be judged" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "served", "is_found"),
+    [(0.0, 2.04, False), (0.0, 2.1, True), (0.6, 2.1, False), (0.6, 3.0, True)],
+)
+def test_parity_compares_on_the_rows_own_terms(tmp_path, monkeypatch, temperature, served, is_found):
+    card = {"on_policy": True, "settings": {"temperature": temperature, "max_new_tokens": 96}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    asked = []
+
+    def evaluate(config, head, out):
+        asked.append(config.eval)
+        drafts = {"num_drafts": 900, "per_position_rates": [0.5, 0.3, 0.2]}
+        summary = {"acceptance_length": served, "trained_acceptance_length": 2.0}
+        return {"summary": summary, "cells": [{"arms": {"spec": {"acceptance": drafts}}}], "notes": []}
+
+    monkeypatch.setattr("specdec.evaluation.run.evaluate", evaluate)
+    findings = check_parity(RunConfig(), tmp_path / "head", tmp_path / "val_prompts.jsonl")
+    assert [finding.code for finding in findings] == ["parity"] * is_found
+    (settings,) = asked
+    assert settings.max_new_tokens == 96 and (settings.greedy, settings.sampled) == (not temperature, temperature > 0)
+    assert settings.temperature == ([temperature] if temperature else [])
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ("{", "val_prompts.jsonl"),
+        ('{"on_policy": false, "settings": {"temperature": 0, "max_new_tokens": 4}}', "another model's text"),
+    ],
+)
+def test_parity_refuses_rows_that_it_cannot_compare(tmp_path, card, says):
+    (tmp_path / "card.json").write_text(card)
+    with pytest.raises(ValueError, match=says):
+        check_parity(RunConfig(), tmp_path / "head", tmp_path / "val_prompts.jsonl")
 
 
 def test_the_command_s_exit_codes(tmp_path, monkeypatch):

@@ -72,6 +72,13 @@ def test_directory_without_weights(model_dir: Path):
         resolve(model_dir)
 
 
+def test_truncated_weights_are_named(model_dir: Path):
+    shard = model_dir / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated: tensor w .*copy or export it again"):
+        resolve_target(TargetConfig(name=str(model_dir)))
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"architectures": null}', '{"architectures": []}'])
 def test_directory_that_is_no_model(model_dir: Path, content: str | None):
     if content is None:
