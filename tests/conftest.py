@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from evaluation_runs import quick  # noqa: F401  # a fixture for those that ask for it
 from hypothesis import settings
 
 # Before any test imports a library that reads them.

@@ -170,7 +170,7 @@ def convert(embedded, name, root, final):
     temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{{name}}.", suffix=".tmp"))
     (temporary / "config.json").write_text({json.dumps(MODEL_CONFIG)!r})
     time.sleep(0.5)
-    (temporary / "model.safetensors").write_bytes(b"weights")
+    (temporary / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{{}}")
     files = {{file.name: {{"bytes": file.stat().st_size}} for file in temporary.iterdir()}}
     (temporary / targets.CHECKSUMS_NAME).write_text(json.dumps({{"files": files}}))
     temporary.rename(final)
@@ -214,7 +214,7 @@ def test_damaged_cache_is_converted_again(cache: Path, cheap_conversion, damage:
         (path / "model.safetensors").unlink()
     else:
         (path / targets.CHECKSUMS_NAME).write_text('{"files": ')
-    assert (resolve("smollm2-135m").path / "model.safetensors").read_bytes() == b"weights"
+    assert (resolve("smollm2-135m").path / "model.safetensors").read_bytes() == (2).to_bytes(8, "little") + b"{}"
     assert (cache / "calls").read_text() == "xx"
 
 
