@@ -15,6 +15,7 @@ from serving.traffic import TrafficLog
 
 logger = logging.getLogger("vllm.specdec")
 
+CALIBRATION = "specdec-calibration"  # how the ids of requests begin that nobody has sent
 IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
 FORGET_EVERY = 256  # steps between two looks for ended requests
 
@@ -103,6 +104,11 @@ class Control:
         num_without = lengths[0] if asked and not self.pinned else 0
         self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without))
 
+    def finished(self, request: Any) -> None:
+        """A request has ended."""
+        if self.traffic is not None and not request.request_id.startswith(CALIBRATION):
+            self.traffic.finished(request.prompt_token_ids or (), request.output_token_ids)
+
     def drafted(self, request: Any, num_drafted: int, num_accepted: int) -> None:
         """One sequence's verification."""
         output_ids = request.output_token_ids
@@ -153,6 +159,17 @@ class Control:
         self.monitor.new_head(self.trained_rates)
         if self.policy is not None:
             self.policy.new_head(self.trained_rates)
+
+    def calibrated(self) -> None:
+        """What was done so far only served to time steps."""
+        width = self._max_width()
+        self.monitor = Monitor(width, self.trained_rates)
+        self.start_over(self.trained_rates, DraftRates(width, WINDOW))
+
+    def failed(self, what: str) -> None:
+        """A hook raised; nobody asks any more."""
+        self.failures += 1
+        self.event("failure", what)
 
     def event(self, kind: str, what: str) -> None:
         """For the status' list of events."""

@@ -20,6 +20,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.datastructures import State
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
+from serving.calibration import calibrate
 from serving.engine_status import (
     FACTS_VARIABLE,
     BadPolicyError,
@@ -94,6 +95,7 @@ class SpecdecEndpoints:
         self.registry.register(StatusCollector(self.engine))
         self.target_dir = str(getattr(args, "model", ""))
         self.started_with = _started_with(self.facts.get("head_dir"))
+        await calibrate(engine_client, self.engine)
 
     async def status(self) -> dict[str, Any]:
         """The engine's status.

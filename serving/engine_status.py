@@ -95,6 +95,14 @@ class EngineStatus:
         """
         return await self._answer(self._start({"command": "policy", "policy": policy}))
 
+    async def calibrated(self) -> dict[str, Any]:
+        """Forget what was accepted so far (``serving.calibration``); gives the status after it.
+
+        Raises:
+            EngineUnavailableError: as in ``status``.
+        """
+        return await self._answer(self._start({"command": "calibrated"}))
+
     async def swap_head(self, order: dict[str, Any]) -> dict[str, Any]:
         """Let another head draft (``serving.head_swap``); gives the status after it.
 

@@ -27,6 +27,7 @@ from serving.scheduler import command, forget_cached_prefixes
 
 logger = logging.getLogger("vllm.specdec")
 
+STATUS = '{"command": "status"}'
 WITHOUT_KEYS = ("medusa",)  # methods that keep no keys and values
 UNWATCHED = "this server does not watch its acceptance (policy static): there is no way back by itself"
 
@@ -136,7 +137,8 @@ class HeadSwap:
 
 
 def answer(engine: Any, request: str) -> str:
-    """``EngineCore.specdec``: ``serving.scheduler.command``, and ``{"command": "swap", ...}``; never raises."""
+    """``EngineCore.specdec``: ``serving.scheduler.command``, ``{"command": "swap", ...}`` and ``{"command":
+    "calibrated"}``; never raises."""
     try:
         if not hasattr(engine, "specdec_heads"):
             engine.specdec_heads = HeadSwap(engine)
@@ -144,7 +146,11 @@ def answer(engine: Any, request: str) -> str:
         asked = json.loads(request)
         if asked["command"] == "swap":
             heads.swap(asked)
-            request = '{"command": "status"}'
+            request = STATUS
+        if asked["command"] == "calibrated":
+            if (control := getattr(engine.scheduler, "specdec", None)) is not None:
+                control.calibrated()
+            request = STATUS
         return command(engine.scheduler, request, heads.status())
     except Exception as error:  # the engine must not fall over a question
         return json.dumps({"error": str(error)})

@@ -1,8 +1,8 @@
 """The control inside vLLM's scheduler (``--scheduler-cls serving.scheduler.make_scheduler``).
 
-The only file that touches the scheduler's private names. vLLM 0.32 asks ``dynamic_sd_lookup[batch]`` for the number of
+The only file that touches its private names. vLLM 0.32 asks ``dynamic_sd_lookup[batch]`` for the number of
 tokens to draft after each step; an object in its place asks the policy. Every hook is guarded: an exception leaves the
-number that vLLM was started with, for good, and says so in log and status; it never reaches the engine.
+number that vLLM was started with, for good, and says so; it never reaches the engine.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def controlled(base: type) -> type:
 
         def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             with Guard(self):
-                if self.specdec is not None and self.specdec.traffic is not None:
-                    self.specdec.traffic.finished(request.prompt_token_ids or (), request.output_token_ids)
+                if self.specdec is not None:
+                    self.specdec.finished(request)
             return super()._free_request(request, *args, **kwargs)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -155,8 +155,7 @@ class Guard:
         logger.error("specdec: %s", scheduler.specdec_failure, exc_info=error)
         scheduler.specdec, scheduler.dynamic_sd_lookup = None, None
         if reports is not None:
-            reports.failures += 1
-            reports.event("failure", scheduler.specdec_failure)
+            reports.failed(scheduler.specdec_failure)
         return True
 
 
@@ -181,8 +180,8 @@ def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None
             control.set_policy(asked["policy"])
         width = getattr(scheduler, "num_spec_tokens", 0)
         mode = "safe" if failure else "fixed" if width else "plain"
-        totals = {"policy_failures": int(bool(failure))}
-        alone = {"mode": mode, "num_speculative_tokens": width, "reason": failure, "totals": totals}
+        alone: dict[str, Any] = {"mode": mode, "num_speculative_tokens": width, "reason": failure}
+        alone["totals"] = {"policy_failures": int(bool(failure))}
         return json.dumps({**(control.status(failure) if control is not None else alone), **(facts or {})})
     except Exception as error:  # the engine must not fall over a question
         return json.dumps({"error": str(error)})

@@ -6,7 +6,9 @@ import asyncio
 import json
 import math
 from argparse import Namespace
+from collections.abc import AsyncIterator
 from typing import Any
+from unittest.mock import AsyncMock, patch
 
 from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry, make_asgi_app
@@ -122,7 +124,19 @@ class FakeEngineClient:
         self.engine_core = self
         self.errored = False
         self.trouble: str | Exception | None = None  # "silent", or what is raised
+        self.vllm_config = Namespace(scheduler_config=Namespace(max_num_seqs=4))
+        self.generated: list[tuple[str, int]] = []  # request id, and how many ran beside it
+        self.hangs = False  # whether requests never end
+        self._running = 0
         self.commands: list[dict[str, Any]] = []
+
+    async def generate(self, prompt: dict[str, Any], sampling: Any, request_id: str) -> AsyncIterator[None]:
+        self._running += 1
+        await asyncio.sleep(3600 if self.hangs else 0.01)
+        self.generated.append((request_id, self._running))
+        await asyncio.sleep(0.01)
+        self._running -= 1
+        yield None
 
     async def call_utility_async(self, method: str, command_json: str) -> str:
         assert method == "specdec"
@@ -134,6 +148,8 @@ class FakeEngineClient:
             await asyncio.Event().wait()
         if command["command"] == "swap":
             self.answer["head_dir"] = command["head_dir"]
+        if command["command"] == "calibrated":
+            self.answer["reason"] = "start: not measured yet"
         if command["command"] == "policy":
             if self.answer["policy"] is None:
                 return json.dumps({"error": "there is no policy"})
@@ -143,7 +159,7 @@ class FakeEngineClient:
 
 
 def make_app(client: Any, api_key: list[str] | None = None, model: str = "") -> tuple[FastAPI, SpecdecEndpoints]:
-    """An application as vLLM makes it: a core route, its metrics, then the plugin in two phases."""
+    """An application as vLLM makes it: a core route, its metrics, the plugin in two phases, without calibration."""
     app = FastAPI()
     registry = CollectorRegistry(auto_describe=True)
     app.mount("/metrics", make_asgi_app(registry=registry))
@@ -154,5 +170,6 @@ def make_app(client: Any, api_key: list[str] | None = None, model: str = "") -> 
 
     plugin = SpecdecEndpoints(registry)
     plugin.attach_router(app)
-    asyncio.run(plugin.init_state(client, app.state, Namespace(api_key=api_key, model=model)))
+    with patch("serving.endpoints.calibrate", AsyncMock()):
+        asyncio.run(plugin.init_state(client, app.state, Namespace(api_key=api_key, model=model)))
     return app, plugin

@@ -1,0 +1,58 @@
+"""Times of decode steps before the first request comes: the policy's trials, on tokens that nobody waits for.
+
+At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests, for the
+sizes that fit ``LONGEST_SEC``; others are tried when they first occur. What it learns of time stays; what was accepted
+says nothing, and is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from serving.control import CALIBRATION
+from serving.engine_status import EngineStatus, EngineUnavailableError
+from serving.policy import AUTO
+
+logger = logging.getLogger("vllm.specdec")
+
+LONGEST_SEC = 10.0
+PROMPT_IDS = [1, 2, 3, 4, 5, 6, 7, 8]  # of any vocabulary
+NEW_TOKENS = 32  # more than the trials of one size take, even where all drafts are accepted
+
+
+async def calibrate(engine_client: Any, status: EngineStatus) -> None:
+    """Let a policy that chooses time its steps. Trouble costs a line in the log: the policy learns later, then."""
+    try:
+        if (await status.status()).get("policy") != AUTO:
+            return
+        begun_sec = time.monotonic()
+        num_sizes = await _run_sizes(engine_client)
+        await status.calibrated()
+        logger.info("specdec: timed %d batch sizes in %.1f s", num_sizes, time.monotonic() - begun_sec)
+    except (EngineUnavailableError, ValueError, RuntimeError) as error:
+        logger.warning("specdec: steps are timed later, as they come: %s", error)
+
+
+async def _run_sizes(engine_client: Any) -> int:
+    most = engine_client.vllm_config.scheduler_config.max_num_seqs
+    sizes = [2**i for i in range(most.bit_length()) if 2**i <= most]
+    done = 0
+    try:
+        async with asyncio.timeout(LONGEST_SEC):
+            for size in sizes:
+                await asyncio.gather(*(_run(engine_client, f"{CALIBRATION}-{size}-{i}") for i in range(size)))
+                done += 1
+    except TimeoutError:
+        logger.info("specdec: larger batches than %d are timed as they come", sizes[max(0, done - 1)])
+    return done
+
+
+async def _run(engine_client: Any, request_id: str) -> None:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
+    async for _ in engine_client.generate({"prompt_token_ids": PROMPT_IDS}, sampling, request_id):
+        pass

@@ -1,0 +1,76 @@
+"""At start-up every batch size runs once, nothing of it counts, and no trouble keeps a server from starting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from serving import calibration
+from serving.calibration import calibrate
+from serving.control import CALIBRATION, Control
+from serving.engine_status import EngineStatus
+from serving.monitor import Monitor
+from serving.policy import Policy
+from tests.fake_engine import FakeEngineClient, make_status, plain_status
+
+
+def run(client: FakeEngineClient) -> list[str]:
+    asyncio.run(calibrate(client, EngineStatus(client, {}, timeout_sec=1.0)))
+    return [command["command"] for command in client.commands]
+
+
+def test_each_batch_size_runs_as_one_batch():
+    client = FakeEngineClient(make_status())
+    assert run(client) == ["status", "calibrated"]
+    assert [beside for _, beside in client.generated] == [1] + [2] * 2 + [4] * 4
+    names = [name for name, _ in client.generated]
+    assert len(set(names)) == 7 and all(name.startswith(CALIBRATION) for name in names)
+
+
+@pytest.mark.parametrize("status", [make_status(policy="off"), make_status(policy="fixed:2"), plain_status()])
+def test_only_a_policy_that_chooses_is_calibrated(status: dict[str, Any]):
+    client = FakeEngineClient(status)
+    assert run(client) == ["status"] and client.generated == []
+
+
+def test_a_slow_machine_starts_all_the_same(monkeypatch):
+    monkeypatch.setattr(calibration, "LONGEST_SEC", 0.1)
+    client = FakeEngineClient(make_status())
+    client.hangs = True
+    assert run(client) == ["status", "calibrated"] and client.generated == []
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("no such method"), "silent"])
+def test_trouble_is_a_line_in_the_log(trouble, caplog):
+    client = FakeEngineClient(make_status())
+    client.trouble = trouble
+    with caplog.at_level(logging.WARNING, logger="vllm.specdec"):
+        assert run(client) == ["status"]
+    assert "timed later" in caplog.text
+
+
+def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():
+    rates = [0.6, 0.5, 0.4]
+    control = Control(Policy(3, rates), Monitor(3, rates), trained_rates=rates)
+    for _ in range(40):
+        control.policy.observe_draft(3, 0)
+        control.policy.observe_step(1, 3, 0.04)
+        control.policy.observe_step(1, 0, 0.02)
+        control.monitor.observe_step(1, 3, 0.04, 1, 1.0, None)
+    control.calibrated()
+    assert control.policy.acceptance.conditional_rates == pytest.approx(rates)
+    assert control.policy.times.estimate(1, 3) == 0.04 and control.policy.times.estimate(1, 0) == 0.02
+    assert control.status()["totals"]["num_steps"] == 0 and control.status()["k_histogram"] == {}
+
+
+def test_requests_that_nobody_sent_are_never_kept():
+    kept = []
+    traffic = Namespace(finished=lambda prompt, completion: kept.append((prompt, completion)))
+    control = Control(None, Monitor(0), traffic=traffic)
+    for name in (f"{CALIBRATION}-1-0-abc", "cmpl-1"):
+        control.finished(Namespace(request_id=name, prompt_token_ids=[1], output_token_ids=[2]))
+    assert kept == [([1], [2])]
