@@ -31,7 +31,7 @@ from torch import Tensor
 
 from specdec.manifest import TargetFingerprint
 from specdec.progress import progress_bar
-from specdec.record import text_sha256
+from specdec.record import file_sha256, text_sha256
 from specdec.traces import TokenRow
 
 logger = logging.getLogger(__name__)
@@ -270,8 +270,7 @@ def _is_whole(path: Path) -> bool:
         wanted = _checksum_path(path).read_text().split()[0]
     except (OSError, UnicodeDecodeError, IndexError):
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == wanted
+    return file_sha256(path) == wanted
 
 
 def _size(path: Path) -> int:

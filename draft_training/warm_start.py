@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from specdec.config import HeadConfig, from_dict
 from specdec.manifest import HeadManifest
+from specdec.record import file_sha256
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -29,8 +29,7 @@ def head_config_of(directory: Path, given: HeadConfig) -> HeadConfig:
 
 def digest_of(directory: Path) -> str:
     """Of the weights to start from."""
-    with (directory / WEIGHTS_NAME).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(directory / WEIGHTS_NAME)
 
 
 def drafted_tokens(directory: Path, vocab_size: int) -> list[int]:

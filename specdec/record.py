@@ -41,6 +41,12 @@ def text_sha256(*parts: str) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide results; absent ones are left out."""
     versions = {"python": platform.python_version()}

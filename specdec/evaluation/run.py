@@ -35,8 +35,8 @@ from specdec.evaluation.summary import build_result
 from specdec.manifest import HeadManifest, manifest_path
 from specdec.metrics import AcceptanceCounts
 from specdec.progress import progress_bar
-from specdec.record import provenance, text_sha256, write_json_atomic
-from specdec.targets import resolve_target
+from specdec.record import file_sha256, provenance, text_sha256, write_json_atomic
+from specdec.targets import Target, resolve_target
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     cells = cells_of(settings)
     specs = parse_specs(settings.arms, head_dir) if settings.arms else default_specs(head_dir)
     suites = _load_suites(settings)
-    manifests, sampling = _check_heads(config, specs)
+    manifests, target = _check_heads(config, specs)
     names = [spec.name for spec in specs]
     steps = list(steps_of(cells, suites, names, settings.seed))
     measurement = Measurement(cells=cells, baseline=names[0], arms=names)
@@ -77,7 +77,7 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
         losslessness = asyncio.run(_measure(config, measurement, steps, suites, arms, journal))
     _grade(measurement, suites)
     trained = _trained(measurement, manifests.get(names[1]), suites, arms)
-    facts = _facts(config, _head_facts(specs, manifests), sampling, suites, arms)
+    facts = _facts(config, _head_facts(specs, manifests), target, suites, arms)
     prices = Prices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Prices)})
     bound_sec = _plain_step_bound_sec(config, arms)
     result = build_result(measurement, arms, suites, losslessness, trained, prices, facts, bound_sec)
@@ -100,15 +100,15 @@ def _load_suites(settings: EvalConfig) -> list[Suite]:
     return suites
 
 
-def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[dict[str, HeadManifest], dict[str, float] | None]:
-    """By arm the manifest of its head, checked against the target, and the target's default sampling."""
+def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[dict[str, HeadManifest], Target | None]:
+    """By arm the manifest of its head, checked against the target; and that, unless all arms are URLs."""
     if all(spec.url for spec in specs):
         return {}, None
     target = resolve_target(config.target)
     manifests = {spec.name: HeadManifest.load(Path(spec.options["head"])) for spec in specs if "head" in spec.options}
     for manifest in manifests.values():
         manifest.check_target(target.fingerprint())
-    return manifests, target.sampling
+    return manifests, target
 
 
 def _plan_sha256(config: RunConfig, specs: list[ArmSpec], suites: list[Suite]) -> str:
@@ -254,7 +254,7 @@ def _trained(
 def _facts(
     config: RunConfig,
     head: dict[str, Any] | None,
-    sampling: dict[str, float] | None,
+    target: Target | None,
     suites: list[Suite],
     arms: dict[str, Arm],
 ) -> dict[str, Any]:
@@ -264,10 +264,12 @@ def _facts(
         head=head,
         num_speculative_tokens=max(arm.num_speculative_tokens or 0 for arm in arms.values()),
         temperature=list(dict.fromkeys(cell.temperature for cell in cells_of(config.eval))),
-        default_sampling=sampling,
+        target_weights_sha256=target.fingerprint().weights_sha256 if target is not None else None,
+        default_sampling=target.sampling if target is not None else None,
         prompts_sha256=text_sha256(*(suite.sha256 for suite in suites)),
         num_prompts=sum(len(suite.items) for suite in suites),
         servers={name: arm.url if not arm.dtype else "started here" for name, arm in arms.items()},
+        config={"target": to_dict(config.target), "serve": to_dict(config.serve)},
         **{key: settings[key] for key in RECORDED_SETTINGS},
     )
 
@@ -277,9 +279,10 @@ def _head_facts(specs: list[ArmSpec], manifests: dict[str, HeadManifest]) -> dic
     spec = next((spec for spec in specs[1:] if spec.name in manifests), None)
     if spec is None:
         return None
-    manifest = manifests[spec.name]
+    manifest, weights = manifests[spec.name], Path(spec.options["head"]) / "model.safetensors"
     return {
         "directory": spec.options["head"],
+        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
         "name": manifest.head,
         "vllm_method": manifest.vllm_method,
         "draft_vocab_size": manifest.draft_vocab_size,

@@ -117,6 +117,8 @@ def _arm_row(arm: Arm, baseline: str) -> dict[str, Any]:
         "num_speculative_tokens": arm.num_speculative_tokens,
         "synthetic": arm.synthetic,
         "url": arm.url,
+        "model": arm.model,
+        "dtype": arm.dtype,
     }
 
 
