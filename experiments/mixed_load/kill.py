@@ -46,7 +46,7 @@ async def kill_engine(head: Path, config: RunConfig) -> dict[str, Any]:
 
 
 async def _kill(facts: dict[str, Any], pid: int) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # the server closes what rests
     async with httpx.AsyncClient(base_url=facts["url"], timeout=120, limits=limits, trust_env=False) as client:
 
         async def ask(tokens: int) -> str:

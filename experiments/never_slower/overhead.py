@@ -39,7 +39,7 @@ async def totals(client: httpx.AsyncClient) -> dict[str, Any]:
 async def rounds(url: str, model: str) -> list[dict[str, float]]:
     """Of each round: microseconds of the control and of the whole, a decode step; and the sequences in it."""
     found = []
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # the server closes what rests
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
         await load(client, model)
         with progress_bar("policy overhead", ROUNDS) as advance:
