@@ -85,14 +85,17 @@ class StepTimes:
     soon outvoted.
 
     A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
-    size moves with it, as soon as its own is that of a full window of such steps; before, it still moves
-    because it becomes more certain. And since a step that drafts more does more, a wider step never counts as
-    faster than a narrower one: what was measured so was measured at different moments.
+    size moves with it, as soon as its own is that of a full window of such steps; before, it still moves because it
+    becomes more certain. How far a time was moved since it was measured tells how little it is still worth: not every
+    change is the machine's; verifying sampled requests, say, grows dearer with each draft. And since a step that drafts
+    more does more, a wider step never counts as faster than a narrower one: what was measured so was measured at
+    different moments.
     """
 
     window: int
     _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     _typical: dict[tuple[int, int], float] = field(default_factory=dict)
+    _moved: dict[tuple[int, int], float] = field(default_factory=dict)  # log of the factor since it was measured
     _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
     _num_served: int = 0  # and how many came in a row
 
@@ -103,6 +106,7 @@ class StepTimes:
         before = self._typical.get(key, 0.0)
         last.append(seconds)
         self._typical[key] = sorted(last)[len(last) // 3]
+        self._moved[key] = 0.0
         if is_trial:
             return
         self._num_served = self._num_served + 1 if key == self._served else 1
@@ -114,7 +118,17 @@ class StepTimes:
         for other in self._typical:
             if other[0] == key[0] and other != key:
                 self._typical[other] *= factor
+                self._moved[other] += math.log(factor)
                 self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
+
+    def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
+        """Of what was measured so far only the last ``num_kept`` steps count."""
+        key = bucket(batch), num_draft_tokens
+        self._last[key] = deque(list(self._last[key])[-num_kept:], self.window)
+
+    def moved(self, batch: int, num_draft_tokens: int) -> float:
+        """By which factor the time was moved, up or down, since it was measured; at least 1."""
+        return math.exp(abs(self._moved.get((bucket(batch), num_draft_tokens), 0.0)))
 
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:
         """At most the window."""

@@ -54,6 +54,7 @@ class PolicySettings:
     max_recheck_steps: int = 512  # and at most
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
+    max_moved: float = 1.35  # a time that was only moved along by more than this is measured again, be it early
     time_window: int = 33  # steps that count, of each batch size and K
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
@@ -131,18 +132,28 @@ class Policy:
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
-            return self._try(unknown, f"timing K={unknown} at batch {bucket(batch)}")
+            return self._try(batch, unknown, f"timing K={unknown} at batch {bucket(batch)}")
         if self._steps_since_change >= self.settings.dwell_steps:
             self._decide(batch)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
             why = "probing whether speculation pays again"
-            return self._try(self.max_draft_tokens, why, self._steps_of_probe(batch), is_probe=True)
-        if self.chosen > 0 and self._steps_since_trial >= self._recheck_steps:
+            return self._try(batch, self.max_draft_tokens, why, self._steps_of_probe(batch), is_probe=True)
+        if self.chosen > 0:
+            return self._recheck(batch)
+        return self.chosen
+
+    def _recheck(self, batch: int) -> int:
+        """The served K, or another that it is time to time again."""
+        stale = [k for k in range(self.max_draft_tokens + 1) if self.times.moved(batch, k) > self.settings.max_moved]
+        if self._steps_since_trial >= self._recheck_steps:
             self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
             self._rechecked = self._next_width(batch)
-            return self._try(self._rechecked, f"timing K={self._rechecked} again")
-        return self.chosen
+        elif stale and self._steps_since_trial >= self.settings.dwell_steps:
+            self._rechecked = max(stale, key=lambda k: self.times.moved(batch, k))
+        else:
+            return self.chosen
+        return self._try(batch, self._rechecked, f"timing K={self._rechecked} again")
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
         """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""
@@ -194,7 +205,9 @@ class Policy:
                 return width
         return None
 
-    def _try(self, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
+    def _try(self, batch: int, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
+        if self.times.moved(batch, width) > self.settings.max_moved:
+            self.times.keep_newest(batch, width, self.settings.trial_steps)
         self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
         self._steps_since_trial = self._drafts_since_trial = 0
         self.reason = reason

@@ -70,6 +70,19 @@ def _by_span(key: str) -> Callable[[Status], dict[str, Any]]:
     return read
 
 
+def _by_output_position(key: str) -> Callable[[Status], dict[str, Any]]:
+    """By the first output position of each bucket."""
+
+    def read(status: Status) -> dict[str, Any]:
+        buckets = status.get("by_output_position")
+        found = buckets if isinstance(buckets, list) else []
+        return {
+            str(bucket["from"]): bucket.get(key) for bucket in found if isinstance(bucket, Mapping) and "from" in bucket
+        }
+
+    return read
+
+
 GAUGES = (
     Figure("num_speculative_tokens", "K: tokens drafted a step, now.", _at("num_speculative_tokens")),
     Figure("max_speculative_tokens", "The largest K.", _at("max_speculative_tokens")),
@@ -114,6 +127,14 @@ COUNTERS = (
     Figure("span_drafts", "Drafts by span of the output.", _by_span("num_drafts"), "span", counter=True),
     Figure("span_draft_tokens", "Tokens drafted by span.", _by_span("num_draft_tokens"), "span", counter=True),
     Figure("span_accepted_tokens", "Tokens accepted by span.", _by_span("num_accepted_tokens"), "span", counter=True),
+    Figure(
+        "position_drafts", "Drafts by output position, from this one on.", _by_output_position("num_drafts"),
+        "output_position", counter=True,
+    ),
+    Figure(
+        "position_accepted_tokens", "Tokens accepted by output position.", _by_output_position("num_accepted_tokens"),
+        "output_position", counter=True,
+    ),
 )  # fmt: skip
 
 

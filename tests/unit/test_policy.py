@@ -147,6 +147,17 @@ def test_a_first_trial_on_a_cold_machine_is_soon_corrected(batch, slow_width, sl
     assert engine.run(600, batch, GOOD).against_oracle > 0.94, engine.policy.reason
 
 
+def test_what_makes_only_wide_drafts_dearer_is_noticed_soon():
+    """As when requests are sampled from now on: the served K slows down, and the others must not be thought to."""
+    rates = (0.8, 0.8, 0.8)
+    engine = Engine(Policy(K, GOOD)).run(2500, 1, rates)
+    assert engine.policy.chosen == 3
+    engine.cost = lambda batch, width: 0.02 * (1 + width)
+    engine.run(100, 1, rates)
+    engine.tokens = engine.oracle_tokens = 0.0
+    assert engine.run(300, 1, rates).against_oracle > 0.95, engine.policy.reason
+
+
 def test_a_head_that_turns_bad_and_good_again_comes_back():
     engine = Engine(Policy(K, GOOD)).run(800, 2, GOOD)
     assert engine.widths[-1] > 0

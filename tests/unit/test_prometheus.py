@@ -62,6 +62,8 @@ def test_a_scrape_gives_the_engines_figures_of_now():
         "specdec:fallback_seconds_total": 596.8,
         "specdec:span_drafts_total{span=think}": 41000,
         "specdec:span_accepted_tokens_total{span=answer}": 12500,
+        "specdec:position_drafts_total{output_position=1024}": 9000,
+        "specdec:position_accepted_tokens_total{output_position=0}": 29400,
     }
     assert {name: figures.get(name) for name in wanted} == wanted
     assert 0 <= figures["specdec:status_age_seconds"] < 30

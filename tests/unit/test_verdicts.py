@@ -1,0 +1,101 @@
+"""What the experiments conclude: ratios of turns, the tuned table, and which planted fault was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.never_slower import verdict as never_slower
+from experiments.planted.verdict import verdict as planted
+
+ARMS = {"plain": 20.0, "plain_again": 20.4, "auto": 29.0, "random": 19.6, "k1": 24.0, "k2": 30.0, "k3": 27.0}
+
+
+def write_load(folder: Path, temperature: float, speeds: dict[int, dict[str, float]]) -> None:
+    """A finished measurement of some loads: four turns of 100 tokens, the third on a machine at half its speed."""
+    cells, blocks = [], []
+    for concurrency, arms in speeds.items():
+        name = f"greedy c{concurrency}"
+        figures = {
+            arm: {"throughput_tok_per_sec": speed, "num_requests": 4, "acceptance": {}} for arm, speed in arms.items()
+        }
+        cells.append({"name": name, "concurrency": concurrency, "arms": figures})
+        blocks += [
+            {
+                "cell": name, "arm": arm, "repeat": 0, "block": turn, "num_output_tokens": 100,
+                "busy_sec": (2 if turn == 2 else 1) * 100 / speed,
+            }
+            for turn in range(4)
+            for arm, speed in arms.items()
+        ]  # fmt: skip
+    path = folder / f"c{'-'.join(map(str, speeds))}-t{temperature}"
+    path.mkdir()
+    (path / "result.json").write_text(json.dumps({"cells": cells, "blocks": blocks}))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(never_slower, "WORK", tmp_path)
+    return tmp_path
+
+
+def test_ratios_are_of_turns_that_shared_their_moment(work):
+    write_load(work, 0.0, {1: ARMS})
+    points, summary = never_slower.steady()
+    ratios = summary["ratios"]
+    assert ratios["trained"]["c1 T0"]["against"] == "k2"
+    value, low, high = ratios["trained"]["c1 T0"]["ratio"]
+    assert value == pytest.approx(29 / 30) and (low, high) == pytest.approx((value, value)), (
+        "a slow turn is slow for all"
+    )
+    assert summary["worst_ratio_random"] == pytest.approx(0.98)
+    assert summary["worst_ratio_plain_again"] == pytest.approx(1.02)
+    assert {(point["arm"], point["head"]) for point in points} >= {
+        ("auto", "random"),
+        ("auto", "trained"),
+        ("plain", None),
+    }
+
+
+def test_the_tuned_table_takes_the_fastest_width_of_each_greedy_load(work):
+    write_load(work, 0.0, {1: ARMS, 4: {**ARMS, "k3": 40.0}, 16: {**ARMS, "plain": 50.0}})
+    write_load(work, 0.6, {1: {**ARMS, "k1": 90.0}})
+    assert never_slower.best_table(32) == "1-1:2/2-4:3/5-16:0"
+    assert never_slower.best_table(8) == "1-1:2/2-4:3/5-8:0"
+
+
+def test_acceptance_of_a_width_that_changed_is_that_of_full_drafts():
+    assert never_slower.full_length([0.5, 0.5]) == pytest.approx(1.75)
+    assert never_slower.full_length([0.5, None]) is None
+
+
+def planted_result(**intervals: list[float]) -> dict[str, Any]:
+    arms = ("same", "slow", "drafts", "sampler")
+    taken = {arm: intervals.get(arm, [0.98, 1.02]) for arm in arms}
+    lost = {"drafts": [0.93, 0.97]}
+    return {
+        "cells": [{
+            "comparisons": {
+                arm: {
+                    "speedup_median": 1.0, "speedup_ci95": taken[arm], "acceptance_ratio_mean": 1.0,
+                    "acceptance_ratio_ci95": lost.get(arm, [1.0, 1.0]),
+                } for arm in arms
+            }
+        }],
+        "losslessness": {
+            "distribution": [{"arm": arm, "lossy": arm == "sampler", "p_value": 0.5} for arm in arms],
+            "greedy": [{"arm": arm, "greedy_identity_rate": 1.0} for arm in arms],
+        },
+        "notes": [], "provenance": {},
+    }  # fmt: skip
+
+
+def test_a_planted_fault_counts_as_found_when_its_interval_leaves_one_out():
+    found = planted(planted_result(slow=[0.86, 0.97]))
+    assert found["detected"] == {"slowdown": True, "acceptance": True, "sampler": True}
+    assert found["aa_ci95"] == [0.98, 1.02] and not any(found["false_alarms"].values())
+    missed = planted(planted_result(slow=[0.86, 1.01], same=[1.01, 1.05]))
+    assert not missed["detected"]["slowdown"] and missed["false_alarms"]["slowdown"] == ["same"]
