@@ -81,13 +81,14 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for temperature, concurrency, arms in cells():
         speed = {name: arm["throughput_tok_per_sec"] for name, arm in arms.items()}
         for name, arm in arms.items():
+            acceptance = arm["acceptance"] or {}  # none: it does not draft
             points.append(
                 {
                     "arm": "auto" if name == "random" else name,
                     "head": {"plain": None, AGAIN: None, "random": "random"}.get(name, "trained"),
                     "concurrency": concurrency, "temperature": temperature, "tok_per_sec": speed[name],
-                    "runs": arm["num_requests"], "acceptance_length": arm["acceptance"].get("acceptance_length"),
-                    "fallback_share": arm["acceptance"].get("fallback_share"),
+                    "runs": arm["num_requests"], "acceptance_length": acceptance.get("acceptance_length"),
+                    "fallback_share": acceptance.get("fallback_share"),
                 }
             )  # fmt: skip
         best = max((name for name in speed if name == "plain" or name.startswith("k")), key=lambda name: speed[name])

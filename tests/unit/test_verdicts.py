@@ -20,7 +20,7 @@ def write_load(folder: Path, temperature: float, speeds: dict[int, dict[str, flo
     for concurrency, arms in speeds.items():
         name = f"greedy c{concurrency}"
         figures = {
-            arm: {"throughput_tok_per_sec": speed, "num_requests": 4, "acceptance": {}} for arm, speed in arms.items()
+            arm: {"throughput_tok_per_sec": speed, "num_requests": 4, "acceptance": None} for arm, speed in arms.items()
         }
         cells.append({"name": name, "concurrency": concurrency, "arms": figures})
         blocks += [
