@@ -325,6 +325,17 @@ def test_own_prompts_are_left_as_they_are_unless_an_answer_needs_a_box(tmp_path:
     assert suite.check(capital, "<think>Paris</think>\n\nRome").correct is False
 
 
+def test_own_code_is_run_against_its_own_tests(tmp_path: Path):
+    prompt = 'def double(x):\n    """Twice x."""\n'
+    test = "def check(candidate):\n    assert candidate(4) == 8\n"
+    row = {"prompt": prompt, "entry_point": "double", "test": test, "checker": "code"}
+    suite = load_suite(str(write_jsonl(tmp_path / "mine.jsonl", [row])), None, 0)
+    [item] = suite.items
+    assert suite.check is not None and prompt.strip() in item.turns[0]
+    answers = [f"```python\ndef double(x):\n    return {how}\n```" for how in ("2 * x", "x + 2")]
+    assert [suite.check(item, answer).correct for answer in answers] == [True, False]
+
+
 def test_text_files_have_a_prompt_a_line_and_nothing_to_check(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("one\n\n two\u2028still two \n")
     suite = load_suite(str(tmp_path / "mine.txt"), None, 0)
@@ -338,7 +349,8 @@ def test_text_files_have_a_prompt_a_line_and_nothing_to_check(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "answer": "1", "checker": "vibes"}, "line 1: the checker is 'vibes'; give one of math, exact"),
+        ({"prompt": "a", "answer": "1", "checker": "vibes"}, "the checker is 'vibes'; give one of math, exact, code"),
+        ({"prompt": "a", "checker": "code"}, "needs prompt, entry_point and test as text"),
         ({"prompt": "a", "answer": ["1"]}, "line 1: the answer must be text or a number"),
         ({"turns": ["a", 1]}, "line 1: turns must be a list of texts"),
         ({"text": "a"}, "line 1: no prompt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from specdec.evaluation.suites.base import (
@@ -19,10 +20,12 @@ from specdec.evaluation.suites.catalogue import (
     RECIPES,
     SuiteRecipe,
     category_of,
+    code_item,
     id_of,
     turns_of,
     with_directive,
 )
+from specdec.evaluation.suites.code import check_code
 from specdec.evaluation.suites.gym import load_gym
 from specdec.evaluation.suites.maths import check_exact, check_maths
 from specdec.evaluation.suites.random_tokens import looks_like_random_tokens
@@ -32,7 +35,7 @@ from specdec.rows import Row, read_rows
 
 DATA_VARIABLE = "SPECDEC_DATA_DIR"
 GYM = "reasoning_gym"
-OWN_CHECKERS = {"math": check_maths, "exact": check_exact}
+OWN_CHECKERS = {"math": check_maths, "exact": check_exact, "code": check_code}
 
 
 def suite_names() -> list[str]:
@@ -155,6 +158,9 @@ def _own_item(name: str, where: str, number: int, row: Row) -> Item:
         raise ValueError(f"{where}: the checker is {checker!r}; give one of {', '.join(OWN_CHECKERS)}")
     if isinstance(answer, list | dict | bool) or (answer is not None and not str(answer).strip()):
         raise ValueError(f"{where}: the answer must be text or a number; leave it out where there is none")
+    if checker == "code":
+        item = code_item(name, where, number, row)
+        return replace(item, context={**item.context, "checker": checker})
     turns = turns_of(where, row)
     if answer is not None and checker == "math":
         turns = (*turns[:-1], with_directive(turns[-1]))
