@@ -8,7 +8,9 @@ import json
 import re
 
 import pytest
+from typer.testing import CliRunner
 
+from specdec.cli import app
 from specdec.evaluation import words
 from specdec.evaluation.compare import list_differences, load_runs, render_comparison
 from tests.result_extras import check_self_contained
@@ -75,3 +77,15 @@ def test_what_is_no_result_is_refused(tmp_path, content, complaint):
         load_runs([tmp_path])
     with pytest.raises(ValueError, match="no run to compare"):
         load_runs([])
+
+
+def test_the_command_writes_the_page_and_names_a_folder_without_a_result(no_plots, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(make_result()))
+    out = tmp_path / "new" / "compared.html"
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(out))
+    assert all(name in out.read_text() for name in ("one", "two"))
+    with pytest.raises(ValueError, match="three"):
+        CliRunner().invoke(app, ["report", str(tmp_path / "three"), "--out", str(out)], catch_exceptions=False)
