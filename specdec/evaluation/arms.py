@@ -91,13 +91,18 @@ def _given_arm(spec: ArmSpec, url: str) -> Arm:
 
 
 def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list[_Server]) -> dict[str, Arm]:
+    device = detect_device()
+    pretending = [spec.name for spec in specs if spec.is_synthetic]
+    if pretending and device.kind == "cpu":  # it would say so itself, after minutes
+        raise ValueError(
+            f"the {pretending[0]} arm: vLLM pretends acceptance (synthetic) on a GPU only; leave it out here"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     config_path = out_dir / "config.yaml"
     config_path.write_text(dump_yaml(config))
     arguments = [serve_arguments(spec) for spec in specs]  # a bad head is refused before anything starts
     free = free_ports(len(specs))
     ports = [int(spec.options.get("serve.port", port)) for spec, port in zip(specs, free, strict=True)]
-    device = detect_device()
     # On a CPU a start keeps one core busy; and what the first servers compile, the next ones find in the cache.
     at_once = max(2, len(device.core_ids)) if device.kind == "cpu" else len(specs)
     for turn, spec in enumerate(specs):
