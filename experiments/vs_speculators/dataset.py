@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from safetensors.torch import save_file
 
+from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens
 from draft_training.features import TargetModel, length_groups
 from draft_training.heads.eagle3.config import Eagle3Options
 from draft_training.prepare import CARD_NAME
 from draft_training.row_store import load_rows, save_split
-from draft_training.train import choose_draft_tokens, count_completion_tokens
 from experiments.vs_speculators.sides import DRAFT_VOCAB_SIZE
 from specdec.config import RunConfig
 from specdec.device import detect_device
