@@ -6,9 +6,9 @@
 
 **Drafts with the sampled tokens**, where the worker is a process of its own (``serving/draft_reply.py``).
 
-**Medusa.** With any number of draft tokens: vLLM 0.32's proposer takes only the number it was started with. And with a
-truncated vocabulary: vLLM 0.32 makes the file's ``token_map`` a parameter while it loads, does not count it as loaded,
-and then refuses the head because a parameter is missing from its file.
+**Medusa and suffix lookup.** With any number of draft tokens: vLLM 0.32's proposers take only the number they were
+started with. And Medusa with a truncated vocabulary: vLLM 0.32 makes the file's ``token_map`` a parameter while it
+loads, does not count it as loaded, and then refuses the head because a parameter is missing from its file.
 
 On CPU also:
 
@@ -93,12 +93,14 @@ def _patch_executor() -> None:
 def _patch_runner() -> None:
     from vllm.model_executor.models.medusa import Medusa
     from vllm.v1.spec_decode.medusa import MedusaProposer
+    from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
     if not hasattr(GPUModelRunner.propose_draft_token_ids, "__wrapped__"):  # else: loaded before
         GPUModelRunner.propose_draft_token_ids = with_catch_up(GPUModelRunner.propose_draft_token_ids)
         MedusaProposer.propose = any_width(MedusaProposer.propose)
+        SuffixDecodingProposer.propose = any_length(SuffixDecodingProposer.propose)
         Medusa.load_weights = with_token_map(Medusa.load_weights)
         Worker.sample_tokens = with_drafts(Worker.sample_tokens)
 
@@ -128,6 +130,17 @@ def any_width(propose: Any) -> Any:
             return target_hidden_states.new_empty((len(target_hidden_states), 0), dtype=int)
         drafts = propose(proposer, proposer.num_speculative_tokens, target_hidden_states, *args, **kwargs)
         return drafts[:, :num_speculative_tokens]
+
+    return first_drafts
+
+
+def any_length(propose: Any) -> Any:
+    """Suffix lookup's ``propose`` for any number of draft tokens: its tree reads what was sampled in every step."""
+
+    @functools.wraps(propose)
+    def first_drafts(proposer: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> list[list[int]]:
+        drafts = propose(proposer, proposer.num_speculative_tokens, *args, **kwargs)
+        return [tokens[:num_speculative_tokens] for tokens in drafts]
 
     return first_drafts
 

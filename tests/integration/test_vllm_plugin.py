@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from serving.nucleus import without_sort
-from serving.vllm_plugin import any_width, expand, register, unpinned, with_restarted_generators, with_token_map
+from serving.vllm_plugin import (
+    any_length,
+    any_width,
+    expand,
+    register,
+    unpinned,
+    with_restarted_generators,
+    with_token_map,
+)
 from tests.unit.test_nucleus import by_sorting
 
 pytestmark = pytest.mark.vllm
@@ -95,6 +103,31 @@ def test_medusa_drafts_any_number_of_tokens():
             proposer, num_speculative_tokens=width, target_hidden_states=states, sampling_metadata=None
         )
         assert drafts.tolist() == torch.arange(6).view(2, 3)[:, :width].tolist()
+
+
+def test_suffix_lookup_drafts_any_number_of_tokens_and_reads_every_step():
+    pytest.importorskip("vllm", reason="needs vLLM")
+    from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
+
+    theirs, read = SuffixDecodingProposer.propose, []
+    theirs = getattr(theirs, "__wrapped__", theirs)
+    tree = SimpleNamespace(
+        active_requests={"a"},
+        add_active_response=lambda name, sampled: read.append(list(sampled)),
+        speculate=lambda name, pattern, **limits: SimpleNamespace(token_ids=[7, 8]),  # it may find less than was asked
+    )
+    proposer = SimpleNamespace(
+        num_speculative_tokens=3, max_model_len=64, max_tree_depth=8, max_spec_factor=1.0, min_token_prob=0.1,
+        suffix_cache=tree,
+    )  # fmt: skip
+    batch = SimpleNamespace(
+        req_ids=["a"], req_id_to_index={"a": 0}, num_tokens_no_spec=[4], token_ids_cpu=torch.zeros(1, 8)
+    )
+    with pytest.raises(AssertionError):  # the day that it takes any number: remove any_length
+        theirs(proposer, 1, batch, [[5]])
+    drafts = [any_length(theirs)(proposer, width, batch, [[width]]) for width in range(4)]
+    assert drafts == [[[]], [[7]], [[7, 8]], [[7, 8]]]
+    assert read == [[0], [1], [2], [3]]
 
 
 def test_a_seeded_prompt_in_chunks_starts_its_generator_over_and_the_engine_lives():
