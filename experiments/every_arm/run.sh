@@ -21,5 +21,5 @@ export PYTHONPATH=$PWD:$PWD/$out/suffix
     --arm ngram=method=ngram,k=3 --arm suffix=method=suffix,k=3 --arm suffix-policy=method=suffix,k=3,serve.policy=auto \
     --arm int8=target.name=$out/int8 --arm int8-k3=k=3,target.name=$out/int8 \
     --set eval.num_prompts="${2:-8}" --set eval.max_new_tokens=64 --set eval.repeats=2 --set eval.distribution_samples=0 \
-    --set eval.prompt_excerpts=false --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=0.5
+    --set eval.prompt_excerpts=false --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
 cp $out/eval/{result.json,report.html,summary.md} experiments/every_arm/
