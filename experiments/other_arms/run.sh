@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every kind of arm side by side on one target: plain, a fixed K, the policy, vLLM's own table, n-gram and suffix lookup, and 8-bit
-# weights without and with the head. About 15 minutes on 2 cores, resumable; suffix lookup's package gets a folder of its own.
-#   experiments/every_arm/run.sh [HEAD_DIR [PROMPTS]]                     (default: the demo's head, 8)
+# The kinds of arm that no other experiment has, beside plain and a fixed K: suffix lookup at a fixed K and under the policy, and
+# 8-bit weights without and with the head. About 12 minutes on 2 cores, resumable; six servers take 16 GiB. Suffix lookup's
+# package gets a folder of its own.
+#   experiments/other_arms/run.sh [HEAD_DIR [PROMPTS]]                     (default: the demo's head, 8)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 head=${1:-runs/demo/head}
-out=runs/every_arm
+out=runs/other_arms
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 export PYTHONPATH=$PWD
@@ -14,12 +15,11 @@ if [ ! -d $out/suffix ]; then
     PATH=$PWD/$out/build/bin:$PATH PYTHONPATH=$PWD/$out/build "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
         --no-build-isolation --target $out/suffix arctic-inference==0.3.0
 fi
-[ -f $out/int8/model.safetensors ] || "$python" experiments/every_arm/quantise.py $out/int8
+[ -f $out/int8/model.safetensors ] || "$python" experiments/other_arms/quantise.py $out/int8
 export PYTHONPATH=$PWD:$PWD/$out/suffix
 "$python" -m specdec eval --out $out/eval --suite reasoning-gym --head "$head" \
-    --arm plain=plain --arm k3=k=3 --arm policy=head="$head",serve.policy=auto --arm table=table=1-2:3/3-16:0 \
-    --arm ngram=method=ngram,k=3 --arm suffix=method=suffix,k=3 --arm suffix-policy=method=suffix,k=3,serve.policy=auto \
+    --arm plain=plain --arm k3=k=3 --arm suffix=method=suffix,k=3 --arm suffix-policy=method=suffix,k=3,serve.policy=auto \
     --arm int8=target.name=$out/int8 --arm int8-k3=k=3,target.name=$out/int8 \
     --set eval.num_prompts="${2:-8}" --set eval.max_new_tokens=64 --set eval.repeats=2 --set eval.distribution_samples=0 \
     --set eval.prompt_excerpts=false --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
-cp $out/eval/{result.json,report.html,summary.md} experiments/every_arm/
+cp $out/eval/{result.json,report.html,summary.md} experiments/other_arms/

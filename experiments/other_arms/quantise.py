@@ -1,6 +1,6 @@
 """The embedded target with 8-bit weights, in the format of compressed-tensors: one scale an output channel.
 
-    python experiments/every_arm/quantise.py OUT_DIR
+    python experiments/other_arms/quantise.py OUT_DIR
 
 Rounded to the nearest, activations quantised token by token as they come (W8A8): the plainest quantisation that vLLM's
 CPU build serves. Its fp8 kernels want AMX, and its way round them calls an operator that the build lacks.
