@@ -1,10 +1,10 @@
-"""Plain decode at the price of plain decode: while nothing is drafted, the head's forward is put off.
+"""Plain decode at the price of plain decode: the forward of a head of several layers is put off.
 
-At K = 0 vLLM 0.32 still runs the head once a step, because an EAGLE head that missed tokens has holes in its keys and
-values, and its acceptance collapses when drafting resumes. Here the head's inputs of such steps (token, position, the
-target's hidden states) are kept, and the head reads them in one forward, like a prompt: with the next step that drafts,
-or every ``LONGEST`` steps, whichever comes first. Nothing is lost, and a forward over 32 tokens costs little more than
-one over a single token.
+(For a head of one layer there is a cheaper way: ``serving/keys_only.py``.) At K = 0 vLLM 0.32 still runs the head once
+a step, because an EAGLE head that missed tokens has holes in its keys and values, and its acceptance collapses when
+drafting resumes. Here the head's inputs of such steps (token, position, the target's hidden states) are kept, and the
+head reads them in one forward, like a prompt: with the next step that drafts, or every ``LONGEST`` steps, whichever
+comes first. Nothing is lost, and a forward over 32 tokens costs little more than one over a single token.
 
 A failure in here costs no answer: it is logged, and from then on the head runs in every step, as vLLM has it.
 
@@ -21,6 +21,8 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+
+from serving.keys_only import KeysOnly, needs_keys_only
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -175,9 +177,11 @@ def with_catch_up(propose_draft_token_ids: Any) -> Any:
     return propose
 
 
-def _catch_up(drafter: Any, input_batch: Any) -> CatchUp | None:
+def _catch_up(drafter: Any, input_batch: Any) -> CatchUp | KeysOnly | None:
     try:
-        return CatchUp(drafter, input_batch) if _is_understood(drafter) else None
+        if not _is_understood(drafter):
+            return None
+        return KeysOnly(drafter) if needs_keys_only(drafter) else CatchUp(drafter, input_batch)
     except Exception as error:
         logger.error("specdec: plain steps run the head as well: %s", error, exc_info=error)
         return None

@@ -94,7 +94,7 @@ def examine_head(head_dir: Path, target: Target) -> tuple[HeadManifest | None, s
     """
     try:
         manifest = HeadManifest.load(head_dir)
-        manifest.check_target(target.fingerprint())
+        manifest.check_target(target.fingerprint(), target.is_quantised)
         findings = diagnose(head_dir, target)
     except Exception as error:
         fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

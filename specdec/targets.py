@@ -71,6 +71,11 @@ class Target:
         return self.config["architectures"][0]
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether its checkpoint holds quantised weights: another's, rounded."""
+        return bool(self.config.get("quantization_config"))
+
+    @property
     def max_position_embeddings(self) -> int:
         return int(self.config["max_position_embeddings"])
 

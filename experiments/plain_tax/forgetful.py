@@ -1,8 +1,8 @@
 """A worker that throws away what the head put off: a naive fallback (``--worker-extension-cls``)."""
 
-from serving.catch_up import CatchUp
+from serving.keys_only import KeysOnly
 
-CatchUp._merge = lambda self, waiting, now, metadata: (now, metadata)  # type: ignore[method-assign]
+KeysOnly._write = lambda self: self.waiting.clear()  # type: ignore[method-assign]
 
 
 class Worker:

@@ -71,7 +71,7 @@ def _by_manifest(directory: Path, target: Target) -> Iterator[Finding]:
     if not (directory / MANIFEST_NAME).is_file():
         return
     try:
-        HeadManifest.load(directory).check_target(target.fingerprint())
+        HeadManifest.load(directory).check_target(target.fingerprint(), target.is_quantised)
     except ValueError as error:
         what, _, fix = str(error).partition(". ")
         yield Finding(code="manifest", what=what, fix=fix or "train a head for this target")

@@ -80,11 +80,10 @@ def window(before: AcceptanceCounts, after: AcceptanceCounts) -> tuple[Acceptanc
     if counts.num_draft_tokens == width * counts.num_drafts:
         counts.num_drafted_per_pos = [counts.num_drafts] * width
         return counts, None
-    mean = counts.num_draft_tokens / counts.num_drafts if counts.num_drafts else 0.0
     counts.num_accepted_per_pos = []
     return counts, (
-        f"K varied ({mean:.3f} draft tokens a draft on average, {width} at most): vLLM does not export how often "
-        "each position was drafted, so per-position rates are unknown"
+        f"not every draft had {width} tokens: vLLM's counters do not tell how often each position was drafted, so the "
+        "rates by position are those that the requests report, if they do"
     )
 
 

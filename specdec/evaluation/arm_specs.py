@@ -44,6 +44,10 @@ class ArmSpec:
         """``vllm_xargs`` of each request."""
         return {key.removeprefix(XARGS): value for key, value in self.options.items() if key.startswith(XARGS)}
 
+    def target(self, default: str) -> str:
+        """The name of the target that it serves."""
+        return self.options.get("target.name", default)
+
     @property
     def is_synthetic(self) -> bool:
         return "synthetic" in self.options
@@ -119,7 +123,7 @@ def serve_arguments(spec: ArmSpec) -> list[str]:
     # An arm is K at every step unless it says otherwise: a figure that depends on its own past is hard to read.
     arguments += [] if "serve.policy" in options else ["--set", "serve.policy=static"]
     for key, value in options.items():
-        if key.startswith(("serve.", "target.")):
+        if key.startswith(("serve.", "target.")) and key != "target.name":  # that one is `--target`
             arguments += ["--set", f"{key}={value}"]
     for setting in MEASURED:
         arguments += ["--set", setting]

@@ -108,7 +108,7 @@ def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list
     for turn, spec in enumerate(specs):
         if turn and turn % at_once == 0:
             _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)
-        command = [sys.executable, "-m", "specdec", "serve", "--target", config.target.name]
+        command = [sys.executable, "-m", "specdec", "serve", "--target", spec.target(config.target.name)]
         command += ["--port", str(ports[turn]), "--config", str(config_path), *arguments[turn]]
         servers.append(_Server(spec, command, out_dir / f"{spec.name}-server.log"))
     arms = _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)

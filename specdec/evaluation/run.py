@@ -104,11 +104,12 @@ def _check_heads(config: RunConfig, specs: list[ArmSpec]) -> tuple[dict[str, Hea
     """By arm the manifest of its head, checked against the target; and that, unless all arms are URLs."""
     if all(spec.url for spec in specs):
         return {}, None
-    target = resolve_target(config.target)
     manifests = {spec.name: HeadManifest.load(Path(spec.options["head"])) for spec in specs if "head" in spec.options}
-    for manifest in manifests.values():
-        manifest.check_target(target.fingerprint())
-    return manifests, target
+    for spec in specs:
+        if spec.name in manifests:
+            own = resolve_target(dataclasses.replace(config.target, name=spec.target(config.target.name)))
+            manifests[spec.name].check_target(own.fingerprint(), own.is_quantised)
+    return manifests, resolve_target(config.target)
 
 
 def _plan_sha256(config: RunConfig, specs: list[ArmSpec], suites: list[Suite]) -> str:

@@ -120,11 +120,12 @@ STAND_IN = """
 import json, signal, sys, time
 port = sys.argv[sys.argv.index("--port") + 1]
 spec = "--head" in sys.argv
+target = sys.argv[sys.argv.index("--target") + 1]
 print("a line that is no message", flush=True)
 if {fails} and spec:
     sys.exit("head does not fit")
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", file=sys.stderr, flush=True), sys.exit(0)))
-print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}", "model": "m",
+print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}", "model": target,
                    "num_speculative_tokens": {k} if spec else 0}}), flush=True)
 time.sleep(60)
 """
@@ -134,14 +135,14 @@ time.sleep(60)
 def start(monkeypatch, tmp_path, head):
     """``open_arms`` with a script in the place of ``specdec serve``."""
 
-    def open_stand_ins(fails=False, k=3):
+    def open_stand_ins(fails=False, k=3, specs=None):
         script = tmp_path / "serve.py"
         script.write_text(STAND_IN.format(fails=fails, k=k))
         popen = subprocess.Popen
         monkeypatch.setattr(
             arms.subprocess, "Popen", lambda command, **kw: popen([sys.executable, str(script), *command[3:]], **kw)
         )
-        return arms.open_arms(default_specs(head), RunConfig(), tmp_path / "out")
+        return arms.open_arms(specs or default_specs(head), RunConfig(), tmp_path / "out")
 
     return open_stand_ins
 
@@ -153,6 +154,17 @@ def test_started_arms_are_ready_and_stopped(start, tmp_path):
         assert started["plain"].url != started["spec"].url
     assert "stopped" in (tmp_path / "out" / "plain-server.log").read_text()
     assert "stopped" in (tmp_path / "out" / "spec-server.log").read_text()
+
+
+def test_an_arm_may_serve_another_target(start):
+    specs = [
+        ArmSpec(name="plain"),
+        ArmSpec(name="int8", options={"target.name": "quantised", "target.dtype": "float32"}),
+    ]
+    with start(specs=specs) as started:
+        assert [arm.model for arm in started.values()] == [RunConfig().target.name, "quantised"]
+    own = serve_arguments(specs[1])
+    assert "target.dtype=float32" in own and not any("quantised" in word for word in own)
 
 
 def test_no_more_servers_start_at_once_than_there_are_cores(start, tmp_path, monkeypatch, head):

@@ -40,6 +40,7 @@ class Drafter:
 
     method, block_size, max_num_tokens, draft_attn_groups = "eagle3", BLOCK, 256, ("group",)
     num_speculative_tokens, parallel_drafting, net_num_new_slots_per_request = 3, False, 0
+    model = SimpleNamespace(modules=lambda: [SimpleNamespace(impl=None, kv_cache=None)] * 2)  # two layers that attend
 
     def __init__(self) -> None:
         self.calls: list[dict] = []

@@ -294,6 +294,7 @@ def test_trained_acceptance_comes_from_the_manifest(tmp_path, monkeypatch):
 
     class Resolved:
         sampling = None
+        is_quantised = False
 
         def fingerprint(self) -> TargetFingerprint:
             return fingerprint

@@ -61,6 +61,12 @@ def test_another_target_is_refused_by_name(change, words):
     assert "--target tiny" in str(caught.value)
 
 
+def test_a_quantised_copy_of_the_target_may_have_other_weights_and_nothing_else():
+    manifest().check_target(fingerprint(weights_sha256="x" * 64), quantised=True)
+    with pytest.raises(ValueError, match="hidden_size 64 != 65"):
+        manifest().check_target(fingerprint(weights_sha256="x" * 64, hidden_size=65), quantised=True)
+
+
 def test_missing_directory_and_missing_manifest(tmp_path: Path):
     with pytest.raises(ValueError, match="does not exist; train one"):
         HeadManifest.load(tmp_path / "none")

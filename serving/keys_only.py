@@ -1,0 +1,136 @@
+"""Plain decode with a head of one layer: of all that it would have run, only its keys and values are made.
+
+Such a head knows earlier tokens by their keys and values alone, and these need neither its attention nor its MLP nor
+its output layer: under half of its arithmetic, and no attention metadata. At K = 0 the inputs of a step (prompts,
+single tokens, drafts that were just verified) wait, and are written together once there are ``MANY`` tokens, or before
+the head drafts again. So nothing is missing when drafting resumes, in the running requests or in the prefix cache.
+
+The head's own code makes them: its forward runs uncompiled up to its attention, where the keys and values are taken.
+
+A failure in here costs no answer: it is logged, and from then on the head runs in every step, as vLLM has it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+logger = logging.getLogger("vllm.specdec")
+
+MANY = 256  # tokens: enough that the call's own cost is small, few enough that no step waits long
+
+
+class KeysOnly:
+    """Stands in front of an EAGLE proposer's ``propose``. One object a worker, called once a step."""
+
+    def __init__(self, drafter: Any) -> None:
+        self.drafter, self.propose = drafter, drafter.propose
+        self.attention = attention_layers(drafter)[0]
+        self.waiting: list[
+            tuple[Any, Any, Any, Any]
+        ] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
+        self.has_failed = False
+
+    def __call__(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Any,
+        target_positions: Any,
+        target_hidden_states: Any,
+        next_token_ids: Any,
+        token_indices_to_sample: Any,
+        common_attn_metadata: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the proposer's own; at K = 0 its empty drafts without running the head."""
+        try:
+            if not self.has_failed:
+                if num_speculative_tokens == 0:
+                    last = token_indices_to_sample
+                    last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
+                    ids = target_token_ids.roll(-1)
+                    ids[last] = next_token_ids.to(ids.dtype)
+                    slots = common_attn_metadata.slot_mapping[: len(ids)]
+                    inputs = target_positions, target_hidden_states, slots
+                    self.waiting.append((ids, *(part.clone() for part in inputs)))
+                if num_speculative_tokens or sum(len(inputs[0]) for inputs in self.waiting) >= MANY:
+                    self._write()
+                if num_speculative_tokens == 0:
+                    return next_token_ids.new_empty((common_attn_metadata.batch_size(), 0))
+        except Exception as error:
+            self.has_failed, self.waiting = True, []
+            logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
+        return self.propose(
+            num_speculative_tokens=num_speculative_tokens,
+            target_token_ids=target_token_ids,
+            target_positions=target_positions,
+            target_hidden_states=target_hidden_states,
+            next_token_ids=next_token_ids,
+            token_indices_to_sample=token_indices_to_sample,
+            common_attn_metadata=common_attn_metadata,
+            **kwargs,
+        )
+
+    def _write(self) -> None:
+        """Keys and values of all that waits, into the head's cache."""
+        import torch
+
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        ids, positions, hidden_states, slots = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        newest = newest_of_each(slots)
+        model = self.drafter.model
+        model = model.unwrap() if hasattr(model, "unwrap") else model
+        if self.drafter.method == "eagle3":
+            hidden_states = model.combine_hidden_states(hidden_states)
+        hook = self.attention.register_forward_pre_hook(_taking(slots[newest]))
+        try:
+            model.model.forward(input_ids=ids[newest], positions=positions[newest], hidden_states=hidden_states[newest])
+        except _Written:
+            return
+        finally:
+            hook.remove()
+        raise RuntimeError("the head's forward did not come to its attention")
+
+
+class _Written(Exception):  # noqa: N818 - no error
+    """The keys and values are in the cache; what the head would do next is of no use."""
+
+
+def _taking(slots: Any) -> Any:
+    """A hook of vLLM's attention layer that writes what it is called with to ``slots``, and ends the forward."""
+
+    def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
+        _query, key, value, *_ = inputs
+        key = key.view(-1, attention.num_kv_heads, attention.head_size)
+        value = value.view(-1, attention.num_kv_heads, attention.head_size_v)
+        attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
+        raise _Written
+
+    return hook
+
+
+def newest_of_each(slots: Any) -> Any:
+    """Indices into ``slots`` [N], one of each slot: the last one. Rejected drafts and freed blocks come twice."""
+    import torch
+
+    unique, owner = torch.unique(slots, return_inverse=True)
+    order = torch.arange(len(slots), device=slots.device)
+    return torch.zeros_like(unique, dtype=order.dtype).scatter_reduce_(0, owner, order, "amax", include_self=False)
+
+
+def attention_layers(drafter: Any) -> list[Any]:
+    """vLLM's attention layers of the drafter's model."""
+    return [module for module in drafter.model.modules() if hasattr(module, "impl") and hasattr(module, "kv_cache")]
+
+
+def needs_keys_only(drafter: Any) -> bool:
+    """Whether the head has one layer, drafts one token after another, and its keys can be written on their own."""
+    layers = attention_layers(drafter)
+    return (
+        not drafter.parallel_drafting
+        and len(layers) == 1
+        and not layers[0].attn_backend.forward_includes_kv_cache_update
+        and hasattr(layers[0].impl, "do_kv_cache_update")
+    )
