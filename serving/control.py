@@ -29,6 +29,7 @@ class Step(NamedTuple):
     batch: int = 0
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
+    sampled: bool = False  # not all of them are greedy
 
 
 class Control:
@@ -52,6 +53,7 @@ class Control:
         self.watch: HeadWatch | None = None  # of a head that was swapped in
         self.on_verdict: Callable[[], None] = lambda: None  # called once the watch has one
         self.pinned: dict[str, int] = {}  # request -> its own number of draft tokens
+        self.sampled: set[str] = set()  # requests that are not greedy
         self._auto_width = policy.max_draft_tokens if policy is not None else 0  # of requests that are not pinned
         self._drafts: Counter[Draft] = Counter()  # of the step that runs
         self._tries: Counter[tuple[int, int]] = Counter()  # the same for the policy: tokens asked for, accepted
@@ -66,14 +68,15 @@ class Control:
     def choose(self, batch: int, running: Iterable[str]) -> int:
         """K for the drafts that follow a step of ``batch`` sequences; ``running``: the requests' ids."""
         assert self.policy is not None
-        width = self._auto_width = self.policy.choose(batch)
+        requests = list(running)
+        width = self._auto_width = self.policy.choose(batch, not self.sampled.isdisjoint(requests))
         if self.policy.chosen != self._reported:
             self._reported = self.policy.chosen
             logger.info("specdec: K=%d (%s)", self.policy.chosen, self.policy.reason)
             self.monitor.event(self._now(), "policy", f"K={self.policy.chosen}: {self.policy.reason}")
         if not self.pinned:
             return width
-        return max((self.pinned.get(request_id, width) for request_id in running), default=width)
+        return max((self.pinned.get(request_id, width) for request_id in requests), default=width)
 
     def limit(self, request_id: str) -> int | None:
         """How many draft tokens this request may keep; None: all."""
@@ -81,9 +84,11 @@ class Control:
 
     # What the scheduler reports
 
-    def added(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
-        """A new request; ``extra_args["specdec"]`` may be off, auto or a number, and the rest counts as auto."""
-        wish = str((extra_args or {}).get("specdec", AUTO))
+    def added(self, request_id: str, sampling: Any) -> None:
+        """A new request; in its sampling parameters ``extra_args["specdec"]`` may be off, auto or a number."""
+        if sampling.temperature > 0:
+            self.sampled.add(request_id)
+        wish = str((sampling.extra_args or {}).get("specdec", AUTO))
         if self.policy is not None and (wish == OFF or wish.isdecimal()):
             self.pinned[request_id] = 0 if wish == OFF else min(int(wish), self.policy.max_draft_tokens)
 
@@ -102,10 +107,12 @@ class Control:
         # A lookup drafts what it finds. Its steps are timed as they come, and what it did not find counts as rejected.
         steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
         num_without = lengths[0] if asked and not self.pinned else 0
-        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without))
+        sampled = not self.sampled.isdisjoint(tokens)
+        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without, sampled))
 
     def finished(self, request: Any) -> None:
         """A request has ended."""
+        self.sampled.discard(request.request_id)
         if self.traffic is not None and not request.request_id.startswith(CALIBRATION):
             self.traffic.finished(request.prompt_token_ids or (), request.output_token_ids)
 
@@ -139,7 +146,7 @@ class Control:
             waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
             if step.steady and self.policy is not None:
-                self.policy.observe_step(step.batch, step.width, seconds)
+                self.policy.observe_step(step.batch, step.width, seconds, step.sampled)
             plain = self._plain_tok_per_sec(step.batch)
             self.monitor.observe_step(step.batch, step.width, seconds, num_tokens, self._now(), plain)
         self._ended_sec = now

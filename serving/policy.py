@@ -69,7 +69,9 @@ class Policy:
         """``prior_rates``: conditional acceptance by position as training measured it; 0.5 where unknown."""
         self.settings = settings or PolicySettings()
         self.max_draft_tokens = max_draft_tokens
-        self.times = StepTimes(self.settings.time_window)
+        # A step whose sequences are all greedy verifies by comparing tokens, any other by their distributions.
+        self._times = {sampled: StepTimes(self.settings.time_window) for sampled in (False, True)}
+        self.times = self._times[False]  # those of the batch that was last asked about
         self.mode, self.fixed = AUTO, max_draft_tokens
         self._trial: tuple[int, int] | None = None  # K on trial, steps left
         self.new_head(prior_rates)
@@ -87,7 +89,7 @@ class Policy:
         self._rechecked = self.max_draft_tokens
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
-        self._untimed: dict[tuple[int, int], tuple[int, int]] = {}  # batch and K -> step of the next trial, interval
+        self._untimed: dict[tuple[bool, int, int], tuple[int, int]] = {}  # next trial's step and interval, see _unknown
 
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.
@@ -110,12 +112,16 @@ class Policy:
         self._drafts_since_trial += count
         self.acceptance.observe(num_drafted, num_accepted, count)
 
-    def observe_step(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
-        """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again."""
-        self.times.observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
+    def observe_step(self, batch: int, num_draft_tokens: int, seconds: float, sampled: bool = False) -> None:
+        """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again.
 
-    def choose(self, batch: int) -> int:
+        ``sampled``: some of them are not greedy.
+        """
+        self._times[sampled].observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
+
+    def choose(self, batch: int, sampled: bool = False) -> int:
         """K for the next step at this batch size; called once a step."""
+        self.times = self._times[sampled]
         if self.mode == OFF:
             return 0
         if self.mode == FIXED:
@@ -198,10 +204,11 @@ class Policy:
         for width in (self.max_draft_tokens, 0):
             if self.times.num_observed(batch, width) >= 2:
                 continue
-            next_step, interval = self._untimed.get((bucket(batch), width), (0, self.settings.min_probe_steps))
+            key = self.times is self._times[True], bucket(batch), width
+            next_step, interval = self._untimed.get(key, (0, self.settings.min_probe_steps))
             if self._num_steps >= next_step:
                 later = self._num_steps + interval, min(2 * interval, self.settings.max_probe_steps)
-                self._untimed[bucket(batch), width] = later
+                self._untimed[key] = later
                 return width
         return None
 

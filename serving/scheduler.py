@@ -62,7 +62,7 @@ def controlled(base: type) -> type:
         def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             with Guard(self):
                 if self.specdec is not None and request.sampling_params is not None:
-                    self.specdec.added(request.request_id, request.sampling_params.extra_args)
+                    self.specdec.added(request.request_id, request.sampling_params)
             return super().add_request(request, *args, **kwargs)
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:

@@ -95,6 +95,29 @@ def test_a_machine_whose_speed_drifts_does_not_mislead_it(batch, rates):
     assert engine.against_oracle > 0.97 and engine.against_plain > 0.97
 
 
+def test_greedy_and_sampled_loads_in_turn_each_keep_what_was_measured_of_them():
+    """Verifying what is sampled can be so dear that the same head pays for greedy requests alone."""
+
+    def cost(sampled: bool, width: int) -> float:
+        return 0.02 * (1 + (0.6 if sampled else 0.05) * width)
+
+    policy, rates, rng = Policy(K, GOOD), (0.5, 0.4, 0.3), random.Random(0)
+    late: list[bool] = []
+    for turn in range(12):
+        sampled = turn % 2 == 1
+        before = 0
+        for i in range(150):
+            width = policy.choose(1, sampled)
+            if width:
+                policy.observe_draft(width, next((n for n in range(width) if rng.random() > rates[n]), width))
+            if before == width:
+                policy.observe_step(1, width, cost(sampled, width) * rng.gauss(1, 0.03), sampled)
+            before = width
+            if turn > 5 and i >= 40:
+                late.append((width == 0) == sampled)
+    assert sum(late) > 0.85 * len(late)
+
+
 def test_a_useless_head_is_given_up_within_five_seconds_and_seldom_asked_again():
     engine = Engine(Policy(K, GOOD)).run(4000, 4, BAD)
     first_plain = next(i for i in range(len(engine.widths)) if set(engine.widths[i : i + 20]) == {0})

@@ -51,6 +51,10 @@ class Scheduler:
 OUTPUT = SimpleNamespace(sampled_token_ids=[[1, 2], [3]])
 
 
+def sampling(extra_args: dict | None = None, temperature: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(extra_args=extra_args, temperature=temperature)
+
+
 def started(num_spec_tokens: int = 3, **wishes):
     scheduler = controlled(Scheduler)(num_spec_tokens)
     for i in range(2):
@@ -59,7 +63,7 @@ def started(num_spec_tokens: int = 3, **wishes):
         scheduler.add_request(
             SimpleNamespace(
                 request_id=name, prompt_token_ids=[1], output_token_ids=[2], spec_token_ids=[],
-                sampling_params=SimpleNamespace(extra_args=extra),
+                sampling_params=sampling(extra),
             )
         )  # fmt: skip
     return scheduler
@@ -140,13 +144,27 @@ def test_a_short_find_counts_as_rejected_where_it_ends(control):
         control.ended(2, lambda _: True)
     first, second, _ = control.policy.acceptance.conditional_rates
     assert first > 0.9 and second < 0.2
-    control.added("r0", {"specdec": 1})  # a request that wants no more is no bad draft
+    control.added("r0", sampling({"specdec": 1}))  # a request that wants no more is no bad draft
     control.policy.acceptance.forget(1)
     for _ in range(200):
         control.scheduled(step(1, 1, 3))
         control.drafted(SimpleNamespace(request_id="r0", prompt_token_ids=[1], output_token_ids=[2]), 1, 1)
         control.ended(2, lambda _: True)
     assert control.policy.acceptance.conditional_rates[1] == pytest.approx(second, abs=0.1)
+
+
+def test_steps_with_sampled_sequences_are_timed_apart(control):
+    control.added("r1", sampling(temperature=0.6))
+    for batch, seconds in ((2, 0.2), (2, 0.2), (2, 0.2), (1, 0.05), (1, 0.05), (1, 0.05)):  # r0 alone is greedy
+        run(control, step(batch, 3, 3), seconds)
+    control.choose(2, ["r0", "r1"])
+    assert control.policy.times.estimate(2, 3) == pytest.approx(0.2)
+    assert control.policy.times.num_observed(1, 3) == 0
+    control.choose(1, ["r0"])
+    assert control.policy.times.estimate(1, 3) == pytest.approx(0.05)
+    control.finished(SimpleNamespace(request_id="r1", prompt_token_ids=[1], output_token_ids=[2]))
+    control.choose(2, ["r0", "r1"])
+    assert control.policy.times.num_observed(2, 3) == 0, "r1 has ended, whoever bears its name now"
 
 
 def test_a_step_that_is_scheduled_before_the_last_has_ended_is_not_mixed_up_with_it(control):
@@ -203,8 +221,8 @@ def test_a_request_has_its_own_width(monkeypatch):
 
 
 def test_wishes_of_ended_requests_are_forgotten(control):
-    control.added("r0", {"specdec": "off"})
-    control.added("r1", {"specdec": 1})
+    control.added("r0", sampling({"specdec": "off"}))
+    control.added("r1", sampling({"specdec": 1}))
     for _ in range(300):
         control.scheduled(step(1, 0, 0))
         control.ended(1, lambda name: name == "r1")
@@ -221,7 +239,7 @@ def test_a_failing_policy_leaves_the_fixed_width_and_a_living_engine(monkeypatch
 
     monkeypatch.setattr(scheduler.specdec, hook, fail)
     for number in range(3):
-        scheduler.add_request(SimpleNamespace(request_id=f"n{number}", sampling_params=SimpleNamespace(extra_args={})))
+        scheduler.add_request(SimpleNamespace(request_id=f"n{number}", sampling_params=sampling({})))
         scheduler.schedule()
         scheduler.make_spec_decoding_stats(None, 3, 1, None, "r0")
         assert scheduler.update_from_output(None, OUTPUT) == "outputs"
