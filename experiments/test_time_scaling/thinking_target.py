@@ -19,12 +19,8 @@ GENERATION = "<|im_start|>assistant\n"
 
 def main() -> None:
     out = Path(sys.argv[1])
-    shutil.copytree(
-        resolve_target(TargetConfig()).path,
-        out,
-        ignore=shutil.ignore_patterns("specdec-target.json"),
-        dirs_exist_ok=True,
-    )
+    left_behind = shutil.ignore_patterns("specdec-target.json")
+    shutil.copytree(resolve_target(TargetConfig()).path, out, ignore=left_behind, dirs_exist_ok=True)
     path = out / "chat_template.jinja"
     text = path.read_text()
     if GENERATION not in text:
