@@ -37,22 +37,22 @@ async def calibrate(engine_client: Any, status: EngineStatus) -> None:
 
 
 async def _run_sizes(engine_client: Any) -> int:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
     most = engine_client.vllm_config.scheduler_config.max_num_seqs
     sizes = [2**i for i in range(most.bit_length()) if 2**i <= most]
     done = 0
     try:
         async with asyncio.timeout(LONGEST_SEC):
             for size in sizes:
-                await asyncio.gather(*(_run(engine_client, f"{CALIBRATION}-{size}-{i}") for i in range(size)))
+                await asyncio.gather(*(_run(engine_client, sampling, f"{CALIBRATION}-{size}-{i}") for i in range(size)))
                 done += 1
     except TimeoutError:
         logger.info("specdec: larger batches than %d are timed as they come", sizes[max(0, done - 1)])
     return done
 
 
-async def _run(engine_client: Any, request_id: str) -> None:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
+async def _run(engine_client: Any, sampling: Any, request_id: str) -> None:
     async for _ in engine_client.generate({"prompt_token_ids": PROMPT_IDS}, sampling, request_id):
         pass

@@ -86,16 +86,16 @@ class StepTimes:
 
     A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
     size moves with it, as soon as its own is that of a full window of such steps; before, it still moves because it
-    becomes more certain. How far a time was moved since it was measured tells how little it is still worth: not every
-    change is the machine's; verifying sampled requests, say, grows dearer with each draft. And since a step that drafts
-    more does more, a wider step never counts as faster than a narrower one: what was measured so was measured at
-    different moments.
+    becomes more certain. How far the served time has moved since another was measured tells how little that one is
+    still worth: not every change is the machine's, and the first steps may have met one that was busy. And since a
+    step that drafts more does more, a wider step never counts as faster than a narrower one: what was measured so was
+    measured at different moments.
     """
 
     window: int
     _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     _typical: dict[tuple[int, int], float] = field(default_factory=dict)
-    _moved: dict[tuple[int, int], float] = field(default_factory=dict)  # log of the factor since it was measured
+    _moved: dict[tuple[int, int], float] = field(default_factory=dict)  # log of the served one's change since then
     _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
     _num_served: int = 0  # and how many came in a row
 
@@ -111,23 +111,25 @@ class StepTimes:
             return
         self._num_served = self._num_served + 1 if key == self._served else 1
         self._served = key
-        if self._num_served > self.window and before > 0 and self._typical[key] > 0:
-            self._move_others(key, self._typical[key] / before)
+        if before > 0 and self._typical[key] > 0:
+            self._move_others(key, self._typical[key] / before, is_certain=self._num_served > self.window)
 
-    def _move_others(self, key: tuple[int, int], factor: float) -> None:
+    def _move_others(self, key: tuple[int, int], factor: float, is_certain: bool) -> None:
         for other in self._typical:
             if other[0] == key[0] and other != key:
-                self._typical[other] *= factor
                 self._moved[other] += math.log(factor)
-                self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
+                if is_certain:
+                    self._typical[other] *= factor
+                    self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
-        """Of what was measured so far only the last ``num_kept`` steps count."""
-        key = bucket(batch), num_draft_tokens
-        self._last[key] = deque(list(self._last[key])[-num_kept:], self.window)
+        """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""
+        last = self._last[bucket(batch), num_draft_tokens]
+        while len(last) > num_kept:
+            last.popleft()
 
     def moved(self, batch: int, num_draft_tokens: int) -> float:
-        """By which factor the time was moved, up or down, since it was measured; at least 1."""
+        """By which factor the served time has changed, up or down, since this one was measured; at least 1."""
         return math.exp(abs(self._moved.get((bucket(batch), num_draft_tokens), 0.0)))
 
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:

@@ -54,7 +54,8 @@ class PolicySettings:
     max_recheck_steps: int = 512  # and at most
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
-    max_moved: float = 1.35  # a time that was only moved along by more than this is measured again, be it early
+    max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
+    void_moved: float = 2.0  # and by more than this, then nothing of it counts any more
     time_window: int = 33  # steps that count, of each batch size and K
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
@@ -178,6 +179,8 @@ class Policy:
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
             return False
+        if self.times.num_observed(batch, width) < 2:  # its time is being measured anew
+            return False
         doubt = self.settings.benefit_of_doubt
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
         return max(goodputs[1:]) < goodputs[0]
@@ -213,8 +216,10 @@ class Policy:
         return None
 
     def _try(self, batch: int, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
-        if self.times.moved(batch, width) > self.settings.max_moved:
-            self.times.keep_newest(batch, width, self.settings.trial_steps)
+        moved = self.times.moved(batch, width)
+        if moved > self.settings.max_moved:
+            num_kept = 0 if moved > self.settings.void_moved else self.settings.trial_steps
+            self.times.keep_newest(batch, width, num_kept)
         self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
         self._steps_since_trial = self._drafts_since_trial = 0
         self.reason = reason

@@ -15,6 +15,7 @@ from draft_training.recipe import Objective
 from draft_training.recompute import recompute_activations
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
+from draft_training.warm_start import drafted_tokens, load_weights
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.doctor import diagnose
@@ -59,9 +60,9 @@ def truncates(spec) -> bool:
     return hasattr(spec.options_cls(), "draft_vocab_size")
 
 
-def build(spec, target, draft_vocab_size=None, perturb=0.1):
+def build(spec, target, draft_vocab_size=None, perturb=0.1, seed=1):
     """A head whose zero-initialised parts are shaken, so that every path matters."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     options = spec.options_cls()
     if draft_vocab_size is not None and truncates(spec):
         options.draft_vocab_size = draft_vocab_size
@@ -104,7 +105,7 @@ def test_a_later_token_changes_no_earlier_draft(spec, target, rows):
 def test_loss_falls_and_the_target_is_untouched(spec, target, rows, objective):
     head = build(spec, target, perturb=0.0)
     store = make_store(head, target, rows)
-    frozen = target.embedding.clone()
+    frozen = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
     optimizer = torch.optim.AdamW(head.parameter_groups(3e-3, 1.0, 0.0))
     batch = store.batch([0, 1, 2])
     losses = []
@@ -115,7 +116,8 @@ def test_loss_falls_and_the_target_is_untouched(spec, target, rows, objective):
         optimizer.zero_grad()
         losses.append(float(output.loss.detach()))
     assert losses[-1] < 0.9 * losses[0]  # soft labels: the entropy of the target is its floor
-    assert torch.equal(frozen, target.embedding) and target.embedding.grad is None
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in target.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in target.model.parameters())
 
 
 def test_loss_equals_autograd_on_the_plain_formula(spec, target, rows):
@@ -249,6 +251,19 @@ def test_export_holds_the_weights_and_the_doctor_finds_nothing(spec, target, tar
     assert config["vocab_size"] == target.config.vocab_size
     manifest_for(spec, head, target_files).save(tmp_path)
     assert diagnose(tmp_path, target_files) == []
+
+
+@pytest.mark.parametrize("draft_vocab_size", [100, None])
+def test_an_exported_head_that_is_read_again_drafts_the_same(spec, target, rows, tmp_path, draft_vocab_size):
+    head = build(spec, target, draft_vocab_size)
+    head.export(tmp_path, torch.float32)
+    assert drafted_tokens(tmp_path, target.config.vocab_size) == head.draft_token_ids.tolist()
+    other = build(spec, target, draft_vocab_size, seed=2)
+    batch = make_store(head, target, rows).batch([0, 1, 2])
+    drafts = head.draft_along(batch)
+    assert not torch.equal(other.draft_along(batch), drafts)
+    load_weights(other, tmp_path)
+    assert torch.equal(other.draft_along(batch), drafts)
 
 
 def test_features_hold_what_the_head_taps_and_no_more(spec, target, rows):

@@ -95,6 +95,18 @@ def test_a_machine_whose_speed_drifts_does_not_mislead_it(batch, rates):
     assert engine.against_oracle > 0.97 and engine.against_plain > 0.97
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_a_busy_start_measured_is_soon_made_good(batch, seed):
+    """While other servers started on the same cores drafts looked too dear; a probe must see that they are not."""
+    rates = (0.4, 0.6, 0.6)
+    engine = Engine(Policy(K, rates), seed, cost=lambda batch, width: 0.07 + 0.06 * width).run(24, batch, rates)
+    assert engine.policy.chosen == 0
+    engine.cost = lambda batch, width: 0.027 * (1 + 0.04 * width)
+    engine.run(600, batch, rates)
+    assert sum(width > 0 for width in engine.widths[-300:]) > 0.9 * 300
+
+
 def test_greedy_and_sampled_loads_in_turn_each_keep_what_was_measured_of_them():
     """Verifying what is sampled can be so dear that the same head pays for greedy requests alone."""
 

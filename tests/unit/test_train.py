@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from draft_training.completions import load_completions
 from draft_training.draft_vocabulary import count_completion_tokens
+from draft_training.heads import list_heads, load_head
 from draft_training.prepare import prepare
 from draft_training.row_store import load_rows
 from draft_training.train import train
@@ -39,9 +41,19 @@ def workspace(tmp_path_factory) -> Path:
     return root
 
 
-def config_for(workspace: Path, *overrides: str) -> RunConfig:
-    small = ["train.epochs=3", "train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25"]
-    return load_config(None, [f"target.name={workspace / 'target'}", *small, *overrides])
+def small_head(name: str) -> list[str]:
+    """Settings of a head of 64 draft tokens, or of the whole vocabulary where it has no smaller one."""
+    options = load_head(name).options_cls
+    return ["head.options.draft_vocab_size=64"] if hasattr(options, "draft_vocab_size") else []
+
+
+def small_run(head: str = "eagle3") -> list[str]:
+    of_head = [f"head.name={head}", *small_head(head)]
+    return ["train.epochs=3", "train.batch_tokens=128", "traces.val_fraction=0.25", *of_head]
+
+
+def config_for(workspace: Path, *overrides: str, head: str = "eagle3") -> RunConfig:
+    return load_config(None, [f"target.name={workspace / 'target'}", *small_run(head), *overrides])
 
 
 def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
@@ -61,52 +73,55 @@ def test_train_on_a_trace_file_leaves_a_complete_head(workspace, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    ("head", "method", "options"),
-    [
-        ("medusa", "medusa", ["head.options.draft_vocab_size=64"]),
-        ("eagle", "eagle", ["head.options.feature_loss_weight=0.1"]),
-        ("peagle", "eagle3", ["head.options.draft_vocab_size=64"]),
-        ("eagle3", "eagle3", ["head.options.draft_vocab_size=64"]),
-    ],
-)
-def test_every_head_trains_from_the_command_line(workspace, tmp_path, head, method, options):
-    settings = ["train.epochs=1", "train.batch_tokens=512", "traces.val_fraction=0.25", *options]
+@pytest.mark.parametrize("head", list_heads())
+def test_every_head_trains_from_the_command_line(workspace, tmp_path, head):
+    settings = ["train.epochs=1", "train.batch_tokens=512", "traces.val_fraction=0.25", *small_head(head)]
     arguments = ["--target", str(workspace / "target"), "--traces", str(workspace / "traces.jsonl"), "--head", head]
     done = CliRunner().invoke(app, ["train", *arguments, "--out", str(tmp_path), *(f"--set={s}" for s in settings)])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["acceptance_length"] >= 1
     manifest = HeadManifest.load(tmp_path)
-    assert (manifest.head, manifest.vllm_method) == (head, method)
-    assert manifest.vllm_speculative == ({"parallel_drafting": True} if head == "peagle" else {})
-    assert manifest.draft_vocab_size == (262 if head == "eagle" else 64)
+    spec = load_head(head)
+    assert (manifest.head, manifest.vllm_method) == (head, spec.vllm_method)
+    assert manifest.vllm_speculative == spec.vllm_speculative
+    assert manifest.draft_vocab_size == (64 if "draft_vocab_size" in "".join(small_head(head)) else 262)
     assert diagnose(tmp_path, resolve_target(TargetConfig(name=str(workspace / "target")))) == []
 
 
 @pytest.mark.parametrize(
-    ("kill", "recipe"),
-    [(signal.SIGINT, []), (signal.SIGKILL, []), (signal.SIGKILL, ["train.optimizer=muon", "train.ema=0.9"])],
+    ("kill", "head", "recipe"),
+    [
+        (signal.SIGINT, "eagle3", []),
+        *((signal.SIGKILL, head, []) for head in list_heads()),
+        (signal.SIGKILL, "eagle3", ["train.optimizer=muon", "train.ema=0.9"]),
+    ],
 )
-def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill, recipe):
-    train(config_for(workspace, *recipe), workspace / "traces.jsonl", tmp_path / "whole")
+def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill, head, recipe):
+    """Killed at a random step, of which each leaves a checkpoint."""
+    config = config_for(workspace, *recipe, head=head)
+    train(config, workspace / "traces.jsonl", tmp_path / "whole")
+    num_steps = len((tmp_path / "whole" / "work" / "train_log.jsonl").read_text().splitlines())
+    last = random.randrange(1, num_steps)
+    print(f"killed after step {last} of {num_steps}")  # noqa: T201 - shown when it fails
     command = [
         sys.executable, "-m", "specdec", "train", "--target", str(workspace / "target"),
         "--traces", str(workspace / "traces.jsonl"), "--out", str(tmp_path / "cut"),
-        *[f"--set={item}" for item in (
-            "train.epochs=3", "train.batch_tokens=128", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25",
-            "train.checkpoint_every_sec=0.0", *recipe,
-        )],
+        *[f"--set={item}" for item in (*small_run(head), "train.checkpoint_every_sec=0.0", *recipe)],
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "cut" / "work" / "checkpoint.pt"
-    watcher = threading.Thread(target=lambda: _signal_when(checkpoint.exists, process, kill))
+    log = tmp_path / "cut" / "work" / "train_log.jsonl"
+
+    def has_come() -> bool:
+        return log.is_file() and len(log.read_text().splitlines()) >= last
+
+    watcher = threading.Thread(target=lambda: _signal_when(has_come, process, kill))
     watcher.start()
     _, errors = process.communicate(timeout=120)
     watcher.join()
     if kill == signal.SIGINT and process.returncode != 0:
         assert process.returncode == 2
         assert "run the same command to continue" in errors.splitlines()[-1]
-    resumed = config_for(workspace, *recipe)
+    resumed = config_for(workspace, *recipe, head=head)
     resumed.train.checkpoint_every_sec = 0.0
     train(resumed, workspace / "traces.jsonl", tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
