@@ -26,9 +26,7 @@ class KeysOnly:
     def __init__(self, drafter: Any) -> None:
         self.drafter, self.propose = drafter, drafter.propose
         self.attention = attention_layers(drafter)[0]
-        self.waiting: list[
-            tuple[Any, Any, Any, Any]
-        ] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
+        self.waiting: list[tuple[Any, ...]] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
         self.has_failed = False
 
     def __call__(
@@ -48,8 +46,7 @@ class KeysOnly:
                 if num_speculative_tokens == 0:
                     last = token_indices_to_sample
                     last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
-                    ids = target_token_ids.roll(-1)
-                    ids[last] = next_token_ids.to(ids.dtype)
+                    ids = _shifted(target_token_ids, last, next_token_ids)
                     slots = common_attn_metadata.slot_mapping[: len(ids)]
                     inputs = target_positions, target_hidden_states, slots
                     self.waiting.append((ids, *(part.clone() for part in inputs)))
@@ -92,6 +89,13 @@ class KeysOnly:
         finally:
             hook.remove()
         raise RuntimeError("the head's forward did not come to its attention")
+
+
+def _shifted(token_ids: Any, last: Any, next_token_ids: Any) -> Any:
+    """What the head reads at each position: the token after it, at each sequence's ``last`` the one just sampled."""
+    ids = token_ids.roll(-1)
+    ids[last] = next_token_ids.to(ids.dtype)
+    return ids
 
 
 class _Written(Exception):  # noqa: N818 - no error
