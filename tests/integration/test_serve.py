@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,6 +149,10 @@ def session_of(process: subprocess.Popen[str]) -> int:
 
 def assert_ends_cleanly(process: subprocess.Popen[str], session: int) -> None:
     process.send_signal(signal.SIGTERM)
+    assert_ended_cleanly(process, session)
+
+
+def assert_ended_cleanly(process: subprocess.Popen[str], session: int) -> None:
     assert process.wait(timeout=60) == 0
     assert process.stdout is not None
     assert process.stdout.read() == "", "only ready lines belong on standard output"
@@ -234,13 +237,22 @@ def test_a_head_that_vllm_refuses_is_served_plain_and_the_reason_is_said(tiny_ta
         assert facts["reason"].startswith("with speculation: vLLM did not start: ")
         check_chat(facts)
         assert status(facts).items() >= {"mode": "plain", "reason": facts["reason"]}.items()
-        with ThreadPoolExecutor() as pool:
-            body = {"prompt": [7] * 8, "max_tokens": 200, "ignore_eos": True}
-            in_flight = pool.submit(complete, facts, "/v1/completions", **body)
-            while metric(facts, "vllm:num_requests_running") == 0:
-                time.sleep(0.01)
-            assert_ends_cleanly(process, session_of(process))
-            assert in_flight.result()["usage"]["completion_tokens"] == 200
+        session = session_of(process)
+        engine = engine_core(session)
+        body = {"model": facts["model"], "prompt": [7] * 8, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        with httpx.stream("POST", f"{facts['url']}/v1/completions", json=body, timeout=120, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(engine, signal.SIGSTOP)  # the answer has begun, and takes as long as the test wants
+            goes_on = threading.Timer(2, os.kill, (engine, signal.SIGCONT))
+            goes_on.start()
+            process.send_signal(signal.SIGTERM)
+            *_, usage, end = filter(None, lines)
+        goes_on.join()
+        assert end == "data: [DONE]"
+        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == 200
+        assert_ended_cleanly(process, session)
 
 
 def engine_core(session: int) -> int:
