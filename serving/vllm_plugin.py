@@ -24,6 +24,8 @@ generator has no offset: the exception ends the engine.
 
 **Verification without copies and with quicker noise** (``serving/verification.py``).
 
+**Synthetic acceptance** (``serving/synthetic.py``), which vLLM has kernels for on a GPU alone.
+
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
 """
@@ -40,6 +42,7 @@ from typing import Any
 from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.nucleus import without_sort
+from serving.synthetic import with_synthetic
 from serving.verification import by_one_argmax, with_quick_noise
 
 logger = logging.getLogger("vllm.specdec")
@@ -66,6 +69,7 @@ def register() -> None:
 
     # The worker registers this module's kernels right after it loads the plugins, and looks them up by name.
     cpu_triton_utils._expand_kernel_impl = expand
+    _patch_rejection(cpu_triton_utils)
     if in_worker:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -110,6 +114,16 @@ def _patch_top_p() -> None:
 
     if not hasattr(topk_topp_sampler.apply_top_k_top_p_pytorch, "__wrapped__"):  # else: loaded before
         topk_topp_sampler.apply_top_k_top_p_pytorch = without_sort(topk_topp_sampler.apply_top_k_top_p_pytorch)
+
+
+def _patch_rejection(kernels: Any) -> None:
+    if not hasattr(kernels._rejection_greedy_sample_kernel_impl, "__wrapped__"):  # else: loaded before
+        kernels._rejection_greedy_sample_kernel_impl = with_synthetic(
+            kernels._rejection_greedy_sample_kernel_impl, greedy=True, instead="target_argmax"
+        )
+        kernels._rejection_random_sample_kernel_impl = with_synthetic(
+            kernels._rejection_random_sample_kernel_impl, greedy=False, instead="recovered_token_ids"
+        )
 
 
 def _patch_verification() -> None:

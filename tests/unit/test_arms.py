@@ -203,13 +203,3 @@ def test_a_given_server_that_does_not_answer_is_named(tmp_path):
         arms.open_arms(specs, RunConfig(), tmp_path),
     ):
         pass
-
-
-def test_acceptance_is_not_pretended_where_vllm_cannot(tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "detect_device", lambda: Device(kind="cpu", core_ids=(0,), native_bf16=False))
-    specs = [ArmSpec(name="plain"), ArmSpec(name="fake", options={"head": "h", "synthetic": "2"})]
-    with (
-        pytest.raises(ValueError, match=r"the fake arm: vLLM pretends acceptance .* on a GPU only"),
-        arms.open_arms(specs, RunConfig(), tmp_path),
-    ):
-        pass
