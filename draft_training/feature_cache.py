@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,17 +65,17 @@ class FeatureCache:
     """The features of ``rows`` under ``root``."""
 
     def __init__(
-        self, root: Path, max_bytes: int, target: TargetFingerprint, dtype: torch.dtype, rows: list[TokenRow]
+        self, root: Path, max_bytes: int, target: TargetFingerprint, dtype: torch.dtype, rows: Sequence[TokenRow]
     ) -> None:
         self.root, self.max_bytes = root, max_bytes
         self.hidden_size, self.dtype = target.hidden_size, dtype
-        digest = hashlib.sha256()
+        digest, self.lengths = hashlib.sha256(), []
         for row in rows:
+            self.lengths.append(len(row.input_ids))
             digest.update(len(row.input_ids).to_bytes(8, "big") + np.array(row.input_ids, dtype="<i4").tobytes())
         facts = {"target": dataclasses.asdict(target), "dtype": str(dtype), "rows_sha256": digest.hexdigest()}
-        self.facts = {**facts, "num_rows": len(rows), "num_tokens": sum(len(row.input_ids) for row in rows)}
+        self.facts = {**facts, "num_rows": len(rows), "num_tokens": sum(self.lengths)}
         self.folder = root / text_sha256(json.dumps(facts, sort_keys=True))[:16]
-        self.lengths = [len(row.input_ids) for row in rows]
         self.shards = self._plan_shards()
         self._places = {row: place for number, shard in enumerate(self.shards) for row, place in self._offsets(number)}
         self._files: dict[tuple[int, str], Any] = {}  # whole ones, mapped into memory

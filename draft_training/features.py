@@ -7,7 +7,7 @@ training changes with the bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -100,12 +100,13 @@ class FeatureStore:
     def __init__(
         self,
         target: TargetModel,
-        rows: list[TokenRow],
+        rows: Sequence[TokenRow],
         aux_layer_ids: list[int],
         max_bytes: int,
         cache: FeatureCache | None = None,
     ) -> None:
         self.target, self.rows, self.aux_layer_ids = target, rows, aux_layer_ids
+        self.lengths = [len(row.input_ids) for row in rows]  # once: rows may lie on disk
         self.max_bytes, self.num_bytes = max_bytes, 0
         self.cache = cache
         self._kept: dict[int, RowFeatures] = {}
@@ -120,31 +121,30 @@ class FeatureStore:
         """
 
         def compute(rows: list[int], aux_layer_ids: list[int]) -> Iterator[tuple[int, RowFeatures]]:
-            for group in length_groups(rows, self._length, batch_tokens):
+            for group in length_groups(rows, self.lengths.__getitem__, batch_tokens):
                 ids = [self.rows[i].input_ids for i in group]
                 yield from zip(group, self.target.forward_rows(ids, aux_layer_ids), strict=True)
 
         if self.cache is not None:
             self.cache.fill(compute, self.aux_layer_ids, description)
             return
-        order = sorted(range(len(self.rows)) if indices is None else indices, key=self._length, reverse=True)
+        order = sorted(
+            range(len(self.rows)) if indices is None else indices, key=self.lengths.__getitem__, reverse=True
+        )
         with progress_bar(description, len(order)) as advance:
-            for group in length_groups(order, self._length, batch_tokens):
+            for group in length_groups(order, self.lengths.__getitem__, batch_tokens):
                 if self.num_bytes >= self.max_bytes:
                     advance(len(group), "feature cache full: the rest is computed when drawn")
                     continue
-                self._compute({i: self._length(i) for i in group})
+                self._compute({i: self.lengths[i] for i in group})
                 advance(len(group), f"{self.num_bytes / 2**20:.0f} MiB")
-
-    def _length(self, index: int) -> int:
-        return len(self.rows[index].input_ids)
 
     def _compute(self, ends: dict[int, int]) -> dict[int, RowFeatures]:
         """Features of rows up to token ``ends``; whole rows are kept while they fit the bound."""
         ids = [self.rows[i].input_ids[:end] for i, end in ends.items()]
         computed = dict(zip(ends, self.target.forward_rows(ids, self.aux_layer_ids), strict=True))
         for index, features in computed.items():
-            whole = ends[index] == self._length(index)
+            whole = ends[index] == self.lengths[index]
             if whole and self.cache is None and self.num_bytes + features.num_bytes <= self.max_bytes:
                 self._kept[index] = features
                 self.num_bytes += features.num_bytes

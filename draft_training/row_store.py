@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from specdec.record import text_sha256
 from specdec.traces import TokenRow
@@ -75,7 +75,34 @@ def _describe(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def load_rows(directory: Path) -> list[TokenRow]:
+class StoredRows(Sequence[TokenRow]):
+    """Rows of one split. Each is read from its memory-mapped file when it is asked for: sets may exceed memory."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return _row(self._table[index])
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return map(_row, self._table)
+
+
+def _row(item: dict[str, Any]) -> TokenRow:
+    spans = {name: tuple(item[name]) for name in ("prompt_span", "think_span", "answer_span")}
+    return TokenRow(**{**item, **spans})
+
+
+def load_rows(directory: Path) -> StoredRows:
     """Rows of one split.
 
     Raises:
@@ -84,12 +111,6 @@ def load_rows(directory: Path) -> list[TokenRow]:
     from datasets import load_from_disk
 
     try:
-        table = load_from_disk(str(directory))
+        return StoredRows(load_from_disk(str(directory)))
     except Exception as error:  # datasets raises its own kinds for missing and damaged files
         raise ValueError(f"{directory} holds no rows ({error}); make them with `specdec prepare`") from error
-    rows = []
-    for item in table:
-        for span in ("prompt_span", "think_span", "answer_span"):
-            item[span] = tuple(item[span])
-        rows.append(TokenRow(**item))
-    return rows

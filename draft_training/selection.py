@@ -108,8 +108,8 @@ def held_out_acceptance(
     """Walk these rows of ``store``; None: every row."""
     result = HeldOutAcceptance()
     width = head.num_speculative_tokens
-    order = sorted(range(len(store.rows)) if rows is None else rows, key=lambda i: len(store.rows[i].input_ids))
-    for group in length_groups(order, lambda i: len(store.rows[i].input_ids), batch_tokens):
+    order = sorted(range(len(store.rows)) if rows is None else rows, key=store.lengths.__getitem__)
+    for group in length_groups(order, store.lengths.__getitem__, batch_tokens):
         for index, by_anchor in _accepted_by_anchor(head, store, group, on_policy).items():
             row = store.rows[index]
             for token, accepted in walk(by_anchor, row.prompt_span[1]):

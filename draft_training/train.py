@@ -14,7 +14,7 @@ from draft_training.draft_vocabulary import choose_draft_tokens, count_completio
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.recipe import check_recipe
-from draft_training.row_store import load_rows
+from draft_training.row_store import StoredRows, load_rows
 from draft_training.run_identity import differences, run_identity
 from draft_training.train_log import require_tensorboard
 from draft_training.warm_start import drafted_tokens, head_config_of, load_weights
@@ -24,7 +24,6 @@ from specdec.device import Device, detect_device, num_processes, process_rank
 from specdec.manifest import HeadManifest
 from specdec.record import provenance
 from specdec.targets import Target, resolve_target
-from specdec.traces import TokenRow
 
 if TYPE_CHECKING:
     from draft_training.distributed import Processes
@@ -118,7 +117,7 @@ def _train_rows(
     options: Any,
     target: Target,
     aux_layer_ids: list[int],
-    splits: dict[str, list[TokenRow]],
+    splits: dict[str, StoredRows],
     on_policy: bool,
     identity: dict[str, Any],
     out_dir: Path,
@@ -153,7 +152,7 @@ def _train_rows(
     _log_coverage(trainer.coverage, config.train.window_tokens)
     trainer.run()
     acceptance = _export(trainer, out_dir)
-    num_tokens = sum(len(row.input_ids) for row in splits["train"] + splits["val"])
+    num_tokens = sum(sum(store.lengths) for store in stores.values())
     facts = {
         "feature_sec": feature_sec,
         "feature_tok_per_sec": num_tokens / feature_sec,
@@ -212,7 +211,7 @@ def _filled_stores(
     target: Target,
     target_model: TargetModel,
     aux_layer_ids: list[int],
-    splits: dict[str, list[TokenRow]],
+    splits: dict[str, StoredRows],
     processes: Processes,
 ) -> dict[str, FeatureStore]:
     """The features of each split, within one bound for all: in memory of this process's own rows; in a cache of all

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from specdec.config import TrainConfig
@@ -88,7 +89,7 @@ def tiles(
     return windows
 
 
-def plan_windows(rows: list[TokenRow], config: TrainConfig, num_drafts: int) -> list[Tiles]:
+def plan_windows(rows: Iterable[TokenRow], config: TrainConfig, num_drafts: int) -> list[Tiles]:
     """The windows of each row, from the seed alone.
 
     Raises:
