@@ -38,6 +38,8 @@ from specdec.targets import resolve_target
 
 PAGE = Path(__file__).parent / "page"
 SHARED_ANSWER_SEC = 0.5  # several viewers get one answer
+LIVE_SEC = 10.0  # an answer counts that long as a sign of life: one that comes late is heard by the next check
+LIVE_ANSWER_SEC = 3.0  # less than the supervisor's patience with one check
 LONGEST_POLICY_BYTES = 1000
 LONGEST_PATH_BYTES = 10_000
 NO_STORE = {"Cache-Control": "no-store"}
@@ -81,6 +83,7 @@ class SpecdecEndpoints:
         for method, path, handler, param in (
             ("GET", "/specdec", to_page, None),
             ("GET", "/specdec/", show, None),
+            ("GET", "/specdec/live", self.get_live, None),
             ("GET", "/specdec/status", self.get_status, None),
             ("GET", "/specdec/policy", self.get_policy, None),
             ("PUT", "/specdec/policy", self.put_policy, "policy"),
@@ -106,6 +109,13 @@ class SpecdecEndpoints:
         if self.engine is None:
             raise EngineUnavailableError("the server is starting")
         return await self.engine.status(max_age_sec=SHARED_ANSWER_SEC)
+
+    async def get_live(self, request: Request) -> Response:
+        """``GET /specdec/live``: 503 while the engine answers nothing. vLLM's ``/health`` knows of its death alone."""
+        if self.engine is None:
+            raise EngineUnavailableError("the server is starting")
+        await self.engine.status(max_age_sec=LIVE_SEC, timeout_sec=LIVE_ANSWER_SEC)
+        return JSONResponse({"live": True}, headers=NO_STORE)
 
     async def get_status(self, request: Request) -> Response:
         """``GET /specdec/status``."""

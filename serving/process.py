@@ -123,14 +123,21 @@ class RunningServer:
         return self._process.poll()
 
     def is_healthy(self) -> bool:
-        """Whether it, and no stranger on its port, answers the health check; takes up to ``PROBE_SEC``."""
-        try:
-            if self._client.get(f"{self._plan.url}/health").status_code != 200:
-                return False
-        except httpx.HTTPError:
+        """Whether it, and no stranger on its port, answers the health check, and once it did, its engine too; takes up
+        to twice ``PROBE_SEC``."""
+        if self._asked("/health") != 200:
             return False
-        self._is_ours = self._is_ours or listens_below(self._process.pid, self._plan.port)
+        if self._is_ours:
+            return self._asked("/specdec/live") not in (503, None)
+        self._is_ours = listens_below(self._process.pid, self._plan.port)
         return self._is_ours
+
+    def _asked(self, path: str) -> int | None:
+        """The status of an answer; None without one."""
+        try:
+            return self._client.get(f"{self._plan.url}{path}").status_code
+        except httpx.HTTPError:
+            return None
 
     def stop(self) -> None:
         """Ask it to finish what it is at and end; ask again to kill it. Returns at once."""

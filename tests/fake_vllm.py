@@ -5,8 +5,8 @@
 ``--fake``       ``refuse`` to start, ``refuse-head`` (only with speculation), ``slow`` (never ready)
 
 On GET it answers with its ``SPECDEC_STATUS``; ``/later`` takes two seconds, ``/die`` ends the process,
-``/hang`` stops it from ever answering again. SIGTERM drains as vLLM does, for ``--shutdown-timeout`` seconds. A child
-that ignores SIGTERM stands for the engine.
+``/hang`` stops it from ever answering again, ``/stuck`` its engine alone. SIGTERM drains as vLLM does, for
+``--shutdown-timeout`` seconds. A child that ignores SIGTERM stands for the engine.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); tim
 
 class Handler(BaseHTTPRequestHandler):
     hangs = False
+    is_stuck = False
     folder: Path
 
     def do_GET(self) -> None:
@@ -40,7 +41,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/later":
             (self.folder / "later").touch()
             time.sleep(2)
-        self.send_response(200)
+        if self.path == "/stuck":
+            Handler.is_stuck = True
+            return
+        self.send_response(503 if Handler.is_stuck and self.path == "/specdec/live" else 200)
         self.end_headers()
         self.wfile.write(os.environ["SPECDEC_STATUS"].encode())
 

@@ -207,6 +207,18 @@ def test_before_the_engine_is_there_it_is_a_503():
     assert "starting" in message(ask(app, "GET", "/specdec/status"))
 
 
+def test_liveness_is_the_engines_answer_and_a_late_one_counts(monkeypatch):
+    monkeypatch.setattr(endpoints, "LIVE_ANSWER_SEC", 0.1)
+    client = FakeEngineClient(make_status())
+    app, plugin = make_app(client)
+    assert ask(app, "GET", "/specdec/live").json() == {"live": True}
+    plugin.engine._latest_sec -= endpoints.LIVE_SEC + 1
+    client.trouble = "silent"
+    assert "did not answer within 0.1 s" in message(ask(app, "GET", "/specdec/live"))
+    plugin.engine._latest_sec += endpoints.LIVE_SEC
+    assert ask(app, "GET", "/specdec/live").status_code == 200
+
+
 def test_silent_engine_is_given_up_and_asked_once():
     """Questions must not pile up in front of an engine that is stuck; and when it goes on, it is heard again."""
 

@@ -270,10 +270,11 @@ def test_without_restarts_a_crash_ends_with_1(serve):
     assert "vLLM ended: RuntimeError: engine died" in err
 
 
-def test_a_hung_server_is_restarted(serve):
+@pytest.mark.parametrize("how", ["/hang", "/stuck"])
+def test_a_hung_server_is_restarted_and_one_with_a_stuck_engine_too(serve, how: str):
     service = serve("--no-speculation", "--set", "serve.health_timeout_sec=3")
     facts = service.ready()
-    service.poke(facts, "/hang")
+    service.poke(facts, how)
     assert service.get(service.ready())["num_restarts"] == 1
     assert "gave no healthy answer for 3 s" in service.end()[2]
 
