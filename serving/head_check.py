@@ -46,6 +46,8 @@ class RunningHead:
             ValueError: why it can't, and what to do.
         """
         successor = RunningHead.read(directory)
+        if not any(directory.glob("*.safetensors")):
+            raise ValueError(f"{directory} holds no .safetensors, which a swap reads: save its weights as such")
         findings = diagnose(directory, target)
         if findings:
             more = f" (and {len(findings) - 1} more: specdec doctor {directory})" if len(findings) > 1 else ""

@@ -213,7 +213,9 @@ def evaluate(
 
 @app.command()
 def doctor(
-    head: Annotated[Path, typer.Argument(help="Directory of a draft head: EAGLE-1, EAGLE-3, speculators or Medusa.")],
+    head: Annotated[
+        str, typer.Argument(help="A draft head, EAGLE-1, EAGLE-3, speculators or Medusa: its directory or hub id.")
+    ],
     target: Target = None,
     parity: Annotated[bool, typer.Option("--parity", help="Also serve it and compare with training's figure.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts for --parity: val_prompts.jsonl.")] = None,
@@ -222,16 +224,17 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Look for what is wrong with a head, above all what vLLM would not tell. Exits with 1 when it finds something."""
-    from specdec.doctor import diagnose
+    from specdec.doctor import diagnose, find_head
     from specdec.doctor.parity import check_parity
     from specdec.targets import resolve_target
 
     run = _load(config, overrides, target)
-    findings = diagnose(head, resolve_target(run.target))
+    directory = find_head(head)
+    findings = diagnose(directory, resolve_target(run.target))
     if parity and not findings:
-        findings = check_parity(run, head, prompts)
+        findings = check_parity(run, directory, prompts)
     if as_json:
-        _echo_json({"head": str(head), "clean": not findings, "findings": [asdict(finding) for finding in findings]})
+        _echo_json({"head": head, "clean": not findings, "findings": [asdict(finding) for finding in findings]})
     for finding in [] if as_json else findings:
         typer.echo(f"{finding.code}: {finding.what}\n  fix: {finding.fix}")
     if not findings and not as_json:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import TargetConfig
+from specdec.hub_files import FULL_DISK, hub_snapshot, is_hub_name
 from specdec.manifest import TargetFingerprint
 from specdec.r1 import has_r1_turns, is_r1_name
 from specdec.record import text_sha256, write_json_atomic
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 CHECKSUMS_NAME = "specdec-target.json"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+TARGET_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,13 +134,13 @@ def resolve_target(config: TargetConfig) -> Target:
         path = _embedded_directory(config.name)
     elif Path(config.name).expanduser().is_dir():
         path = Path(config.name).expanduser().resolve()
-    elif config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
+    elif not is_hub_name(config.name):
         raise ValueError(
             f"unknown target {config.name!r}: not an embedded target ({', '.join(EMBEDDED_TARGETS)}), "
             "not an existing directory, and not a Hugging Face id such as deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
         )
     else:
-        path = _hub_snapshot(config.name, config.revision)
+        path = hub_snapshot("target", config.name, config.revision, TARGET_FILES)
     return _open_target(config.name, path)
 
 
@@ -184,37 +185,6 @@ def _chat_template(path: Path) -> str:
     if tokenizer_config.is_file():
         return json.dumps(json.loads(tokenizer_config.read_text()).get("chat_template"))
     return ""
-
-
-def _hub_snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
-    except GatedRepoError as error:
-        raise ValueError(
-            f"target {name} is gated: accept its licence on its model page, then run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"target {name} is no directory here and not on the Hugging Face hub (if it is private: `hf auth login`)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"target {name} has no revision {revision!r}; its page lists branches and commits") from error
-    except Exception as error:  # the hub client raises many kinds of network errors
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            raise ValueError(
-                f"no room to download target {name}: free some space or point HF_HOME to another disk"
-            ) from error
-        raise ValueError(
-            f"target {name} is not a directory here and could not be fetched ({type(error).__name__}): check the name "
-            "and the network, or pass a local directory"
-        ) from error
 
 
 @contextmanager

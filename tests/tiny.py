@@ -55,6 +55,23 @@ def tiny_tokenizer(special: list[str] = SPECIAL, template: str = R1_TEMPLATE) ->
     return fast
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# By kind: the class, query and key/value heads, whether the embedding is tied, ids beyond the tokenizer's, and rope.
+# The last three are the R1-Distill family's own proportions: heads of 32 instead of 128, and few layers.
+KINDS: dict[str, tuple[type, int, int, bool, int, dict[str, Any]]] = {
+    "llama": (
+        LlamaConfig, 2, 1, True, 0, {**LLAMA3_ROPE, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+    ),
+    "qwen2": (Qwen2Config, 2, 1, False, 26, {}),
+    "r1-qwen-1.5b": (Qwen2Config, 12, 2, False, 271, {"rope_type": "default", "rope_theta": 10000.0}),
+    "r1-qwen-7b": (Qwen2Config, 28, 4, False, 399, {"rope_type": "default", "rope_theta": 10000.0}),
+    "r1-llama-8b": (
+        LlamaConfig, 32, 8, False, 0, {**LLAMA3_ROPE, "rope_theta": 500000.0, "original_max_position_embeddings": 64},
+    ),
+}  # fmt: skip
+HEAD_DIM = 32  # the narrowest that vLLM runs on CPU
+
+
 def save_tiny_target(
     directory: Path,
     kind: str = "llama",
@@ -62,35 +79,26 @@ def save_tiny_target(
     tokenizer: PreTrainedTokenizerFast | None = None,
     max_position_embeddings: int = 512,
 ) -> Path:
-    """A few layers of the named architecture: ``llama`` tied with grouped queries and llama3 rope scaling,
-    ``qwen2`` untied, biased and with a padded vocabulary."""
+    """A few layers of one of ``KINDS``, random. ``initializer_range`` is that of the narrowest: where it is small,
+    outputs loop, and a head can learn them."""
     torch.manual_seed(0)
     tokenizer = tokenizer or tiny_tokenizer()
-    shared = {
-        "hidden_size": 64,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 2,  # of 32, the narrowest that vLLM runs on CPU
-        "num_key_value_heads": 1,
-        "max_position_embeddings": max_position_embeddings,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": initializer_range,  # small: outputs loop, and a head can learn them
-    }
-    if kind == "llama":
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-        model = LlamaForCausalLM(
-            LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope, **shared)
-        )
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + 26, tie_word_embeddings=False, **shared))
+    config_cls, num_heads, num_kv_heads, tied, num_padded, rope = KINDS[kind]
+    config = config_cls(
+        vocab_size=len(tokenizer) + num_padded,
+        tie_word_embeddings=tied,
+        hidden_size=HEAD_DIM * num_heads,
+        intermediate_size=24 * num_heads,
+        num_hidden_layers=5,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_position_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=initializer_range * (2 / num_heads) ** 0.5,
+        **({"rope_parameters": rope} if rope else {}),
+    )
+    model = (LlamaForCausalLM if config_cls is LlamaConfig else Qwen2ForCausalLM)(config)
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

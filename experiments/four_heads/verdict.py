@@ -32,7 +32,9 @@ def _row(result: dict[str, Any], cell: dict[str, Any], arm: dict[str, Any], prom
         for row in result["requests"]
         if (row["arm"], row["cell"]) == (arm["name"], cell["name"]) and row["error"] is None
     ]
-    acceptance = cell["arms"][arm["name"]]["acceptance"] or {}
+    figures = cell["arms"][arm["name"]]
+    acceptance = figures["acceptance"] or {}
+    plain_step_sec = next(cell["arms"][each["name"]]["step_sec_p50"] for each in result["arms"] if each["baseline"])
     compared = cell["comparisons"].get(arm["name"], {})
     row = {
         "name": arm["name"],
@@ -42,7 +44,10 @@ def _row(result: dict[str, Any], cell: dict[str, Any], arm: dict[str, Any], prom
         "trained_acceptance_length": None,
         "speedup_median": compared.get("speedup_median"),
         "speedup_ci95": compared.get("speedup_ci95"),
-        "tpot_sec_p50": cell["arms"][arm["name"]]["tpot_sec"]["p50"],
+        "tpot_sec_p50": figures["tpot_sec"]["p50"],
+        "step_sec_p50": figures["step_sec_p50"],
+        # Drafting K tokens and verifying K + 1 at once; what the heads differ by is their own.
+        "step_cost_sec": None if arm["baseline"] else figures["step_sec_p50"] - plain_step_sec,
         "per_position_rates": acceptance.get("per_position_rates", []),
     }
     if "head" not in arm["options"]:
@@ -84,6 +89,9 @@ if __name__ == "__main__":
     write_json_atomic(OUT, found)
     print(
         json.dumps(
-            [{key: arm[key] for key in ("name", "acceptance_length", "speedup_median")} for arm in found["arms"]]
+            [
+                {key: arm[key] for key in ("name", "acceptance_length", "step_cost_sec", "speedup_median")}
+                for arm in found["arms"]
+            ]
         )
     )

@@ -1,7 +1,8 @@
 """``specdec doctor``: what is wrong with a draft head for a target, above all what vLLM would not tell.
 
-Reads the config and the tensors' headers; loads neither torch nor weights. Any public EAGLE-1, EAGLE-3, speculators or
-Medusa head will do; one that ``specdec train`` exported is also checked against its manifest.
+Reads the config and the tensors' headers; loads no weights, and torch only for files of ``torch.save``. Any public
+EAGLE-1, EAGLE-3, speculators or Medusa head will do; one that ``specdec train`` exported is also checked against its
+manifest.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ from specdec.doctor.eagle import check_biases, check_eagle1, check_eagle3, check
 from specdec.doctor.files import HeadFiles
 from specdec.doctor.findings import Finding
 from specdec.doctor.medusa import check_medusa
+from specdec.hub_files import hub_snapshot, is_hub_name
 from specdec.manifest import MANIFEST_NAME, HeadManifest
 from specdec.targets import Target
 
-__all__ = ["Finding", "diagnose", "kind_of"]
+__all__ = ["Finding", "diagnose", "find_head", "kind_of"]
+
+HEAD_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt")
+
+
+def find_head(name: str) -> Path:
+    """A head's directory: ``name`` itself, or its copy of what the Hugging Face hub has under it.
+
+    Raises:
+        ValueError: the hub has no such head, or can't be reached.
+    """
+    if Path(name).exists() or not is_hub_name(name):
+        return Path(name)
+    return hub_snapshot("head", name, None, HEAD_FILES)
 
 
 def kind_of(head: HeadFiles) -> str:

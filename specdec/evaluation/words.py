@@ -28,13 +28,19 @@ def headline(result: Tree) -> str:
     if summary.get("acceptance_length") is not None:
         parts.append(f"{number(summary['acceptance_length'], 2)} tokens per verification")
     if summary.get("greedy_identity_rate") is not None and not tree.is_synthetic(result, arm):
-        parts.append(f"{percent(summary['greedy_identity_rate'])} of greedy outputs identical")
+        parts.append(f"{percent(summary['greedy_identity_rate'])} of greedy outputs identical{_ties(result, arm)}")
     slower = _slower_cells(result, arm)
     if slower:
         parts.append(slower)
     parts += [f"NOT LOSSLESS: {sentence}" for other, sentence in alarms(result) if other == arm]
     doubt = " The timings are in doubt, see the notes." if result.get("timings_in_doubt") else ""
     return "; ".join(parts) + "." + doubt + stopped
+
+
+def _ties(result: Tree, arm: str | None) -> str:
+    """What the reader of a low rate has to know at once: that rounding explains the rest, if it does."""
+    forks = [fork for row in tree.greedy_rows(result) if row.get("arm") == arm for fork in row.get("forks") or []]
+    return ", the others part where two tokens tie" if forks and all(map(is_tie, forks)) else ""
 
 
 def _subject(result: Tree, arm: str | None) -> str:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from specdec import cli
 from specdec.config import RunConfig
-from specdec.doctor import diagnose, kind_of
+from specdec.doctor import diagnose, find_head, kind_of
 from specdec.doctor.files import HeadFiles
 from specdec.doctor.parity import check_parity
 from specdec.safetensors_header import ITEM_BYTES
@@ -87,6 +87,70 @@ def test_a_clean_head_is_clean_and_its_kind_is_known(tmp_path, make, kind):
     head = write(tmp_path / "head", *make())
     assert kind_of(HeadFiles.read(head)) == kind
     assert codes(head) == set()
+
+
+def pickled(head: Path, name: str = "pytorch_model.bin", **options) -> Path:
+    """The same weights as ``torch.save`` writes them."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    torch.save(load_file(head / "model.safetensors"), head / name, **options)
+    (head / "model.safetensors").unlink()
+    return head
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "medusa_lm_head.pt"])
+def test_published_heads_in_pytorch_s_own_format_are_read_too(tmp_path, name, options):
+    for number, make in enumerate((eagle3, eagle1, medusa)):
+        head = write(tmp_path / str(number), *make())
+        from_safetensors = HeadFiles.read(head).tensors
+        assert HeadFiles.read(pickled(head, name, **options)).tensors == from_safetensors
+        (head / "optimizer.bin").write_bytes(b"of a training run")
+        assert codes(head) == set()
+    config, shapes, integers = eagle3()
+    integers["d2t"] = KEPT  # target ids instead of offsets
+    assert codes(pickled(write(tmp_path / "wrong", config, shapes, integers), name)) == {"d2t-absolute"}
+
+
+def test_a_head_may_be_named_as_on_the_hub(tmp_path, monkeypatch):
+    head = write(tmp_path / "snapshot", *eagle3())
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, "*.bin" in allow_patterns))
+        return str(head)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_head("org/some-eagle3") == head and asked == [("org/some-eagle3", True)]
+    monkeypatch.chdir(tmp_path)
+    for path in ("snapshot", "./not/there", str(head)):
+        assert find_head(path) == Path(path)
+    assert len(asked) == 1
+
+    def refuse(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"head org/other is not a directory here and could not be fetched"):
+        find_head("org/other")
+
+
+class Intruder:
+    def __reduce__(self):
+        return Path.touch, (Path("intruded"),)
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    head = write(tmp_path / "head", *eagle3())
+    (head / "model.safetensors").unlink()
+    for content in ({"fc.weight": Intruder()}, ["no", "weights"]):
+        torch.save(content, head / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin holds no weights that can be read"):
+            codes(head)
+    assert not Path("intruded").exists()
 
 
 def drop(key):
@@ -201,7 +265,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="truncated or no safetensors"):
         codes(head)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"no \.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no weights"):
         codes(head)
     other = write(tmp_path / "other", {"architectures": ["LlamaForCausalLM"]}, {"x.weight": (2, 2)})
     with pytest.raises(ValueError, match="no EAGLE or Medusa head"):

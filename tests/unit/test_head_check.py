@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from serving.head_check import RunningHead
 from specdec.targets import Target
@@ -57,6 +59,14 @@ def test_what_the_doctor_finds_is_the_reason(running, tmp_path, target):
     del config["norm_before_residual"], config["eagle_aux_hidden_state_layer_ids"]
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"the doctor finds in .*: eagle_aux_hidden_state_layer_ids.* \(and 1 more"):
+        running.check_successor(other, target, K)
+
+
+def test_a_swap_reads_safetensors_alone(running, tmp_path, target):
+    other = write_head(tmp_path / "other", target)
+    torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
+    (other / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors, which a swap reads"):
         running.check_successor(other, target, K)
 
 

@@ -33,6 +33,14 @@ def test_the_headline_is_honest(gain, said, unsaid):
     assert "100% of greedy outputs identical" in text and "LOSSLESS" not in text
 
 
+def test_a_low_identity_rate_is_explained_where_rounding_explains_it():
+    result = make_result()
+    result["losslessness"]["greedy"][0] |= {"greedy_identity_rate": 0.0, "forks": [fork(TIE), fork(TIE)]}
+    assert "0% of greedy outputs identical, the others part where two tokens tie" in words.headline(result)
+    result["losslessness"]["greedy"][0]["forks"].append(fork(BUG))
+    assert "tie" not in words.headline(result)
+
+
 def test_the_headline_tells_what_spoils_the_figure():
     assert words.headline(make_result(num_items=0)).startswith("Nothing to conclude about smollm2-135m")
     assert "(no interval)" in words.headline(make_result(num_items=1))

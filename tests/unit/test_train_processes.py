@@ -224,3 +224,17 @@ def test_rows_are_shared_out_evenly_and_stay_at_home_where_they_can():
 def test_parts_keep_the_order_and_lose_nothing():
     assert cut([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
     assert cut([1], 3) == [[], [], [1]]
+
+
+def test_accelerate_starts_the_processes(root):
+    """As it starts one for each accelerator: what follows ``--multi_gpu`` needs none."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    launcher += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port=0", "-m", "specdec", "train", *arguments(root, "launched")],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert HeadManifest.load(root / "launched").provenance["num_processes"] == 2
+    assert_same_trajectory(root, "launched")
+    assert json.loads(done.stdout)["acceptance_length"] >= 1, "the first process alone answers"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from experiments.four_heads.verdict import verdict as four_heads
 from experiments.never_slower import verdict as never_slower
 from experiments.planted.verdict import verdict as planted
 
@@ -99,3 +100,21 @@ def test_a_planted_fault_counts_as_found_when_its_interval_leaves_one_out():
     assert found["aa_ci95"] == [0.98, 1.02] and not any(found["false_alarms"].values())
     missed = planted(planted_result(slow=[0.86, 1.01], same=[1.01, 1.05]))
     assert not missed["detected"]["slowdown"] and missed["false_alarms"]["slowdown"] == ["same"]
+
+
+def test_a_heads_step_is_laid_beside_a_plain_one():
+    def figures(step_sec: float) -> dict[str, Any]:
+        return {"acceptance": None, "step_sec_p50": step_sec, "tpot_sec": {"p50": step_sec}}
+
+    found = four_heads(
+        {
+            "arms": [{"name": name, "baseline": name == "plain", "options": {}} for name in ("plain", "lookup")],
+            "cells": [
+                {"name": "greedy", "arms": {"plain": figures(0.020), "lookup": figures(0.026)}, "comparisons": {}}
+            ],
+            "losslessness": {"greedy": []}, "notes": [], "provenance": {}, "requests": [],
+        },
+        {},
+    )  # fmt: skip
+    plain, lookup = found["arms"]
+    assert plain["step_cost_sec"] is None and lookup["step_cost_sec"] == pytest.approx(0.006)
