@@ -83,7 +83,7 @@ def _settings(settings: ServeConfig, user: ServerFlags) -> ServeConfig:
 
 def _own_flags(settings: ServeConfig) -> list[str]:
     """In front of the user's flags, which win. What is asked for every second would fill the access log."""
-    quiet = "/health,/metrics,/specdec/status"
+    quiet = "/health,/metrics,/specdec/live,/specdec/status"
     return [DRAIN_FLAG, str(settings.drain_sec), "--disable-access-log-for-endpoints", quiet]
 
 
