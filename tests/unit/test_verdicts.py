@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 from experiments.four_heads.verdict import verdict as four_heads
 from experiments.never_slower import verdict as never_slower
 from experiments.planted.verdict import verdict as planted
+from experiments.r1_traces.verdict import check_mask, completions_of
+from specdec.traces import ReasoningTrace, TokenRow, tokenize_trace
+from tests.tiny import tiny_tokenizer
 
 ARMS = {"plain": 20.0, "plain_again": 20.4, "auto": 29.0, "random": 19.6, "k1": 24.0, "k2": 30.0, "k3": 27.0}
 
@@ -118,3 +122,21 @@ def test_a_heads_step_is_laid_beside_a_plain_one():
     )  # fmt: skip
     plain, lookup = found["arms"]
     assert plain["step_cost_sec"] is None and lookup["step_cost_sec"] == pytest.approx(0.006)
+
+
+def test_a_mask_that_is_not_the_traces_reasoning_and_response_is_named(tmp_path):
+    item = {"problem": "7*6?", "reasoning": "six sevens", "response": "42"}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(item) + "\n")
+    texts = completions_of(str(tmp_path / "traces.jsonl"))
+    row = tokenize_trace(tiny_tokenizer(), ReasoningTrace(prompt="7*6?", reasoning="six sevens", response="42"))
+    assert check_mask([row, row], tiny_tokenizer(), texts) == 2
+
+    def wrong(**changes: Any) -> TokenRow:
+        return dataclasses.replace(row, **changes)
+
+    shifted = [*row.loss_mask[1:], 1]
+    for broken in (wrong(loss_mask=shifted), wrong(think_span=(row.think_span[0], row.think_span[1] - 1))):
+        with pytest.raises(ValueError, match=row.conversation_id):
+            check_mask([broken], tiny_tokenizer(), texts)
+    with pytest.raises(ValueError, match="the mask holds"):
+        check_mask([row], tiny_tokenizer(), {"7*6?": {"another trace"}})
