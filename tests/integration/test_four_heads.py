@@ -73,9 +73,10 @@ TARGETS = {"eagle3": ("r1-qwen-1.5b", 0.1), "eagle": ("r1-qwen-7b", 0.1), "medus
 
 
 @pytest.fixture
-def workplace(name: str, tmp_path: Path) -> Workplace:
+def workplace(name: str, options: dict[str, Any], tmp_path: Path) -> Workplace:
     pytest.importorskip("vllm", reason="needs vLLM")
-    return make_workplace(tmp_path, *TARGETS.get(name, ("qwen2",)))  # test_swap_server has llama
+    narrow = ("qwen2",)  # test_swap_server has llama
+    return make_workplace(tmp_path, *(narrow if options else TARGETS.get(name, narrow)))
 
 
 @contextmanager
