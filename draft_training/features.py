@@ -106,7 +106,8 @@ class FeatureStore:
         cache: FeatureCache | None = None,
     ) -> None:
         self.target, self.rows, self.aux_layer_ids = target, rows, aux_layer_ids
-        self.lengths = [len(row.input_ids) for row in rows]  # once: rows may lie on disk
+        # Read once: rows may lie on disk.
+        self.lengths = [len(row.input_ids) for row in rows] if cache is None else cache.lengths
         self.max_bytes, self.num_bytes = max_bytes, 0
         self.cache = cache
         self._kept: dict[int, RowFeatures] = {}

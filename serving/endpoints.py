@@ -100,21 +100,19 @@ class SpecdecEndpoints:
         self.started_with = _started_with(self.facts.get("head_dir"))
         await calibrate(engine_client, self.engine)
 
-    async def status(self) -> dict[str, Any]:
-        """The engine's status.
+    async def status(self, max_age_sec: float = SHARED_ANSWER_SEC, timeout_sec: float | None = None) -> dict[str, Any]:
+        """The engine's status; see ``EngineStatus.status``.
 
         Raises:
             EngineUnavailableError: there is none.
         """
         if self.engine is None:
             raise EngineUnavailableError("the server is starting")
-        return await self.engine.status(max_age_sec=SHARED_ANSWER_SEC)
+        return await self.engine.status(max_age_sec, timeout_sec)
 
     async def get_live(self, request: Request) -> Response:
         """``GET /specdec/live``: 503 while the engine answers nothing. vLLM's ``/health`` knows of its death alone."""
-        if self.engine is None:
-            raise EngineUnavailableError("the server is starting")
-        await self.engine.status(max_age_sec=LIVE_SEC, timeout_sec=LIVE_ANSWER_SEC)
+        await self.status(LIVE_SEC, LIVE_ANSWER_SEC)
         return JSONResponse({"live": True}, headers=NO_STORE)
 
     async def get_status(self, request: Request) -> Response:

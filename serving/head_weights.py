@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from serving.head_check import Layout
+from specdec.safetensors_header import TORCH_DTYPES
 
 STATE = "specdec_head"  # the runner's attribute
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 PACKED = "cpu_linear"  # the function that vLLM puts in the place of a packed weight on CPU
 
 
@@ -145,7 +142,7 @@ def read_tensors(directory: Path, layout: Layout) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} can't be read ({error}); copy or export it again") from error
     found = {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    wanted = {name: (DTYPES.get(dtype, dtype), tuple(shape)) for name, (dtype, shape) in layout.items()}
+    wanted = {name: (TORCH_DTYPES.get(dtype, dtype), tuple(shape)) for name, (dtype, shape) in layout.items()}
     if found != wanted:
         changed = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise ValueError(f"{directory} changed while it was read ({changed[0]}): swap again when it is complete")

@@ -9,7 +9,7 @@ from pathlib import Path
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-def is_hub_name(name: str) -> bool:
+def is_repository_name(name: str) -> bool:
     """Whether ``name`` could be a repository: ``ORG/NAME``, and no path."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import TargetConfig
-from specdec.hub_files import FULL_DISK, hub_snapshot, is_hub_name
+from specdec.hub_files import FULL_DISK, hub_snapshot, is_repository_name
 from specdec.manifest import TargetFingerprint
 from specdec.r1 import has_r1_turns, is_r1_name
 from specdec.record import text_sha256, write_json_atomic
@@ -134,7 +134,7 @@ def resolve_target(config: TargetConfig) -> Target:
         path = _embedded_directory(config.name)
     elif Path(config.name).expanduser().is_dir():
         path = Path(config.name).expanduser().resolve()
-    elif not is_hub_name(config.name):
+    elif not is_repository_name(config.name):
         raise ValueError(
             f"unknown target {config.name!r}: not an embedded target ({', '.join(EMBEDDED_TARGETS)}), "
             "not an existing directory, and not a Hugging Face id such as deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"

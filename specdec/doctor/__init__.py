@@ -14,7 +14,7 @@ from specdec.doctor.eagle import check_biases, check_eagle1, check_eagle3, check
 from specdec.doctor.files import HeadFiles
 from specdec.doctor.findings import Finding
 from specdec.doctor.medusa import check_medusa
-from specdec.hub_files import hub_snapshot, is_hub_name
+from specdec.hub_files import hub_snapshot, is_repository_name
 from specdec.manifest import MANIFEST_NAME, HeadManifest
 from specdec.targets import Target
 
@@ -29,7 +29,7 @@ def find_head(name: str) -> Path:
     Raises:
         ValueError: the hub has no such head, or can't be reached.
     """
-    if Path(name).exists() or not is_hub_name(name):
+    if Path(name).exists() or not is_repository_name(name):
         return Path(name)
     return hub_snapshot("head", name, None, HEAD_FILES)
 

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.safetensors_header import TensorEntry, read_header
+from specdec.safetensors_header import TORCH_DTYPES, TensorEntry, read_header
 
 INTEGERS = {"I64": "q", "I32": "i", "BOOL": "b"}
 # Of a training run, not of a model; vLLM passes over them too.
 NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
-SPELLED = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+SPELLED = {f"torch.{theirs}": name for name, theirs in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +103,7 @@ def _pickled_tensors(path: Path) -> Iterator[tuple[str, TensorFacts]]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} holds no weights that can be read ({reason}); save them as safetensors") from error
     for name, tensor in tensors.items():
-        dtype = SPELLED.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
+        dtype = SPELLED.get(str(tensor.dtype), str(tensor.dtype))
         values = [int(value) for value in tensor.tolist()] if dtype in INTEGERS and tensor.dim() == 1 else None
         yield name, TensorFacts(dtype=dtype, shape=tuple(tensor.shape), values=values)
 
