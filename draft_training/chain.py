@@ -34,7 +34,7 @@ class ChainModule(DraftModule):
     ) -> None:
         super().__init__(target, draft_token_ids, aux_layer_ids, num_speculative_tokens)
         self.config = config
-        self.register_buffer("embed_VH", target.embedding.detach().float(), persistent=False)
+        self.register_buffer("embed_VH", target.embedding.detach(), persistent=False)  # the same memory
 
     def features(self, inputs: DraftInputs) -> Tensor:
         """[B, T, H]: what the layer reads beside the embeddings at true positions."""
@@ -60,7 +60,7 @@ class ChainModule(DraftModule):
         last = ids_BT.shape[1] - 1
         indices_T = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)
         next_ids = ids_BT[:, (indices_T + 1).clamp(max=last)]
-        everywhere, residual = self.layer_inputs(F.embedding(next_ids, self.embed_VH), self.features(inputs))
+        everywhere, residual = self.layer_inputs(F.embedding(next_ids, self.embed_VH).float(), self.features(inputs))
         prefix = layer.self_attn.key_value(everywhere, inputs.begins_B[:, None] + indices_T)
         bias = causal_bias(anchors_BQ, indices_T, residual.dtype)
         positions_BQ = inputs.begins_B[:, None] + anchors_BQ
@@ -70,7 +70,7 @@ class ChainModule(DraftModule):
         for j in range(self.num_speculative_tokens):
             if j:
                 tokens_BQ = drafted if own_drafts else ids_BT.gather(1, (anchors_BQ + 1 + j).clamp(max=last))
-                attending, residual = self.layer_inputs(F.embedding(tokens_BQ, self.embed_VH), hidden)
+                attending, residual = self.layer_inputs(F.embedding(tokens_BQ, self.embed_VH).float(), hidden)
                 own.append(layer.self_attn.key_value(attending, positions_BQ + j))
             attended = layer.self_attn(layer.self_attn.query(attending, positions_BQ + j), prefix, own, bias)
             states, hidden = self.finish(layer.outputs(attended, residual))

@@ -92,6 +92,7 @@ class Processes:
             raise ValueError(f"heads train with DDP or FSDP, not with {self._accelerator.distributed_type.value}")
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
+        self.device = device
         self._sharded = shards_weights(parallel)
         self.wait()  # or a first process that fails at once leaves the others in the midst of this
 

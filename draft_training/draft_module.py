@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draft_training.features import TargetModel
+from draft_training.features import TargetModel, padded_length
 from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
 from draft_training.loss import DraftLoss, chunk_rows
 from draft_training.recipe import Objective
 
 Outputs = Iterator[tuple[Tensor, Tensor]]
+
+
+def places(mask: Tensor) -> tuple[Tensor, int]:
+    """Flat indices of what ``mask`` holds, filled up with 0 to a ``padded_length``, and how many are real."""
+    indices = mask.flatten().nonzero()[:, 0]
+    return F.pad(indices, (0, padded_length(len(indices)) - len(indices))), len(indices)
 
 
 class DraftModule(nn.Module):
@@ -78,8 +84,9 @@ class DraftModule(nn.Module):
         counts_2K = self.count_targets(batch) if batch.step_counts_2K is None else batch.step_counts_2K
         divisors = counts_2K[0].clamp(min=1).tolist()
         rank_BT = learnable_BT.flatten().cumsum(0).view_as(learnable_BT) - 1
-        teacher_logits = batch.final_hidden_BTH[learnable_BT] @ self.teacher_VH.T
-        probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT[learnable_BT][:, None]).exp_()
+        places_P, _ = places(learnable_BT)
+        teacher_logits = batch.final_hidden_BTH.flatten(0, 1)[places_P] @ self.teacher_VH.T
+        probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT.flatten()[places_P, None]).exp_()
         last = batch.input_ids_BT.shape[1] - 1
         loss = batch.final_hidden_BTH.new_zeros(())
         num_targets, num_correct = [], []
@@ -88,11 +95,13 @@ class DraftModule(nn.Module):
         for j, (states_BQH, weight_VH) in enumerate(outputs):
             seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
             reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
-            ranks = rank_BT.gather(1, seen_BQ)[reached_BQ]
-            weights = weight_BQ[reached_BQ] / divisors[j]
-            step_loss, best, accepted = DraftLoss.apply(
-                states_BQH[reached_BQ], weight_VH, probs_PV, ranks, weights, objective
-            )
+            places_N, num_reached = places(reached_BQ)
+            ranks_N = rank_BT.gather(1, seen_BQ).flatten()[places_N].clamp(min=0)
+            weights_N = (weight_BQ * reached_BQ / divisors[j]).flatten()[places_N]
+            weights_N[num_reached:] = 0
+            states_NH = states_BQH.flatten(0, 1)[places_N]
+            step_loss, *found = DraftLoss.apply(states_NH, weight_VH, probs_PV, ranks_N, weights_N, objective)
+            best, accepted = (part[:num_reached] for part in found)
             loss = loss + step_loss
             if survives:  # what can't be drafted is never accepted
                 rate_BQ = torch.zeros_like(weight_BQ).masked_scatter_(reached_BQ, accepted)
@@ -100,7 +109,7 @@ class DraftModule(nn.Module):
             else:
                 weight_BQ = weight_BQ * objective.step_decay
             wanted = batch.argmax_BT.gather(1, seen_BQ)[reached_BQ]
-            num_targets.append(len(ranks))
+            num_targets.append(num_reached)
             num_correct.append(int((self.draft_token_ids[best] == wanted).sum()))
         return LossOutput(loss=loss, num_targets=num_targets, num_correct=num_correct)
 

@@ -99,14 +99,18 @@ class FeatureCache:
             yield row, (number, offset)
             offset += self.lengths[row]
 
+    def holds(self, row: int, aux_layer_ids: list[int]) -> bool:
+        """Whether ``fill`` has put this row's features here."""
+        number, _ = self._places[row]
+        return all((number, part) in self._files for part in _parts(aux_layer_ids))
+
     def read(self, row: int, begin: int, end: int, aux_layer_ids: list[int]) -> RowFeatures | None:
-        """Features of tokens ``begin`` .. ``end`` of a row, on the CPU; None when ``fill`` has not put them here."""
-        number, offset = self._places[row]
-        keys = [(number, part) for part in _parts(aux_layer_ids)]
-        if not all(key in self._files for key in keys):
+        """Features of tokens ``begin`` .. ``end`` of a row, on the CPU; None when they are not here."""
+        if not self.holds(row, aux_layer_ids):
             return None
+        number, offset = self._places[row]
         span = slice(offset + begin, offset + end)
-        final, *layers = [self._files[key] for key in keys]
+        final, *layers = [self._files[number, part] for part in _parts(aux_layer_ids)]
         final_hidden = final.get_slice("final_hidden")[span]
         aux = [layer.get_slice("hidden")[span] for layer in layers]
         return RowFeatures(

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from draft_training.feature_cache import FeatureCache, RowFeatures
 from draft_training.heads import FeatureBatch
@@ -23,7 +24,15 @@ from specdec.traces import TokenRow
 
 Item = TypeVar("Item")
 
-LOGITS_CHUNK_TOKENS = 512  # bounds the [tokens, vocabulary] buffer
+LOGITS_CHUNK_TOKENS = 128  # bounds the [tokens, vocabulary] buffer
+SLAB_BYTES, SLAB_ALIGNMENT = 2**26, 64
+LENGTHS_PER_OCTAVE = 8
+
+
+def padded_length(length: int) -> int:
+    """The next of eight lengths an octave. On a CPU the kernels of each new shape stay for good, a megabyte each."""
+    step = max(1, (1 << length.bit_length()) // (2 * LENGTHS_PER_OCTAVE))
+    return length + -length % step
 
 
 class TargetModel:
@@ -53,11 +62,19 @@ class TargetModel:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    def drop_layers(self) -> None:
+        """Give back the memory of all but what heads are built from; no row can be read any more."""
+        is_tied = self.lm_head_weight.data_ptr() == self.embedding.data_ptr()
+        self.embedding = self.embedding.clone()  # out of the file's mapping, which stays whole otherwise
+        self.lm_head_weight = self.embedding if is_tied else self.lm_head_weight.clone()
+        self.final_norm_weight = self.final_norm_weight.clone()
+        del self.model, self.decoder
+
     @torch.inference_mode()
     def forward_rows(self, rows: list[list[int]], aux_layer_ids: list[int]) -> list[RowFeatures]:
         """Features of a right-padded batch of id lists."""
         lengths = [len(ids) for ids in rows]
-        input_ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        input_ids = torch.zeros(len(rows), padded_length(max(lengths)), dtype=torch.long)
         for i, ids in enumerate(rows):
             input_ids[i, : len(ids)] = torch.tensor(ids)
         taps: dict[int, Tensor] = {}
@@ -78,20 +95,41 @@ class TargetModel:
                 hook.remove()
         # A head that taps no layer stores nothing for it: A = 0.
         aux = torch.stack([taps[k] for k in aux_layer_ids], dim=2) if aux_layer_ids else final[:, :, None][:, :, :0]
-        return [self._row(aux[i, :length], final[i, :length]) for i, length in enumerate(lengths)]
+        return [self._row(aux[i], final[i], length) for i, length in enumerate(lengths)]
 
-    def _row(self, aux: Tensor, final: Tensor) -> RowFeatures:
+    def _row(self, aux: Tensor, final: Tensor, length: int) -> RowFeatures:
+        """Of a padded row."""
         logsumexps, argmaxes = [], []
-        for chunk in final.split(LOGITS_CHUNK_TOKENS):
+        for chunk in final[: padded_length(length)].split(LOGITS_CHUNK_TOKENS):
             logits = (chunk @ self.lm_head_weight.T).float()
             logsumexps.append(logits.logsumexp(-1))
             argmaxes.append(logits.argmax(-1))
         return RowFeatures(
-            aux_hidden=aux.clone(),
-            final_hidden=final.clone(),
-            logsumexp=torch.cat(logsumexps),
-            argmax=torch.cat(argmaxes),
+            aux_hidden=aux[:length],
+            final_hidden=final[:length],
+            logsumexp=torch.cat(logsumexps)[:length],
+            argmax=torch.cat(argmaxes)[:length],
         )
+
+
+class Slabs:
+    """Copies tensors into a few large buffers.
+
+    Kept one by one they lie strewn among each forward's large temporaries, whose memory an allocator can then neither
+    use again nor give back: a gigabyte beside 50 MB of features, in some runs and not in others.
+    """
+
+    def __init__(self) -> None:
+        self.buffer, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self.used + num_bytes > len(self.buffer):
+            size = max(SLAB_BYTES, num_bytes)
+            self.buffer, self.used = torch.empty(size, dtype=torch.uint8, device=tensor.device), 0
+        place = self.buffer[self.used : self.used + num_bytes]
+        self.used += num_bytes + -num_bytes % SLAB_ALIGNMENT
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class FeatureStore:
@@ -111,6 +149,7 @@ class FeatureStore:
         self.max_bytes, self.num_bytes = max_bytes, 0
         self.cache = cache
         self._kept: dict[int, RowFeatures] = {}
+        self._slabs = Slabs()
 
     def fill(self, batch_tokens: int, description: str, indices: Iterable[int] | None = None) -> None:
         """Compute what fits the bound of these rows (None: of all), longest first, with a progress bar.
@@ -147,9 +186,21 @@ class FeatureStore:
         for index, features in computed.items():
             whole = ends[index] == self.lengths[index]
             if whole and self.cache is None and self.num_bytes + features.num_bytes <= self.max_bytes:
-                self._kept[index] = features
+                self._kept[index] = RowFeatures(
+                    aux_hidden=self._slabs.copy(features.aux_hidden),
+                    final_hidden=self._slabs.copy(features.final_hidden),
+                    logsumexp=self._slabs.copy(features.logsumexp),
+                    argmax=self._slabs.copy(features.argmax),
+                )
                 self.num_bytes += features.num_bytes
         return computed
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the target need not read a row again."""
+        if self.cache is None:
+            return len(self._kept) == len(self.rows)
+        return all(self.cache.holds(row, self.aux_layer_ids) for row in range(len(self.rows)))
 
     def features(self, windows: list[Window]) -> dict[int, RowFeatures]:
         """By row, one window each: features of its tokens at least, the target having read the row from its start."""
@@ -177,7 +228,9 @@ class FeatureStore:
         device = self.target.device
 
         def pad(tensors: Iterable[Tensor]) -> Tensor:
-            return nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True)
+            padded = nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True)
+            missing = padded_length(padded.shape[1]) - padded.shape[1]
+            return F.pad(padded, (0, 0) * (padded.ndim - 2) + (0, missing))
 
         def padded(name: str) -> Tensor:
             of_windows = ((window, features[window.row]) for window in windows)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from specdec.config import TrainConfig
-from specdec.device import shards_weights
+from specdec.device import Device, shards_weights
 
 LOSSES = ("cross_entropy", "lk_hybrid", "lk_log")
 KNOWN = {
     "loss": LOSSES,
     "position_weights": ("decay", "survival"),
-    "optimizer": ("adamw", "muon"),
+    "optimizer": ("auto", "muon", "adamw"),
     "precision": ("auto", "bf16", "fp32"),
     "parallel": ("ddp", "fsdp"),
 }
+
+
+LEARNING_RATES = {"muon": 2e-3, "adamw": 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +28,7 @@ class Objective:
     loss: str = "cross_entropy"
     lk_eta: float = 3.0
     position_weights: str = "decay"
-    step_decay: float = 0.8
+    step_decay: float = 1.0
     survival_floor: float = 0.5
 
     @classmethod
@@ -37,6 +41,18 @@ class Objective:
             step_decay=config.step_decay,
             survival_floor=config.survival_floor,
         )
+
+
+def settled(config: TrainConfig, device: Device) -> TrainConfig:
+    """With the optimizer that works here in place of "auto", and its learning rate in place of none.
+
+    Muon computes in bf16 and on whole matrices.
+    """
+    optimizer = config.optimizer
+    if optimizer == "auto":
+        optimizer = "muon" if device.native_bf16 and not shards_weights(config.parallel) else "adamw"
+    rate = LEARNING_RATES[optimizer] if config.learning_rate is None else config.learning_rate
+    return dataclasses.replace(config, optimizer=optimizer, learning_rate=rate)
 
 
 def check_recipe(config: TrainConfig) -> None:

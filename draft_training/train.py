@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens, covered_share
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
-from draft_training.recipe import check_recipe
+from draft_training.recipe import check_recipe, settled
 from draft_training.row_store import StoredRows, load_rows
 from draft_training.run_identity import differences, run_identity
 from draft_training.train_log import require_tensorboard
@@ -47,6 +47,7 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
         Interrupted: stopped by a signal; the same command resumes.
     """
     check_recipe(config.train)
+    config.train = settled(config.train, detect_device())  # a resumed run must not settle it in another way
     if config.train.tensorboard:
         require_tensorboard()
     init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
@@ -231,6 +232,8 @@ def _filled_stores(
         own_rows = processes.own_rows(len(rows))
         stores[name].fill(max(config.train.batch_tokens, 2048), f"target features ({name})", own_rows)
     processes.wait()  # the time that this took is everybody's
+    if all(store.is_complete for store in stores.values()):
+        target_model.drop_layers()
     return stores
 
 

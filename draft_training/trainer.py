@@ -27,7 +27,7 @@ from draft_training.distributed import (
 from draft_training.features import FeatureStore, length_groups
 from draft_training.interrupt import Interrupted
 from draft_training.optimizers import make_optimizer
-from draft_training.recipe import Objective
+from draft_training.recipe import Objective, settled
 from draft_training.recompute import recompute_activations
 from draft_training.selection import HeldOutAcceptance, held_out_acceptance
 from draft_training.step import GradientMaker, StepFigures
@@ -102,6 +102,7 @@ class Trainer:
         measure_start: bool = False,
     ) -> None:
         """``measure_start``: the weights to start from are a candidate for the best."""
+        config = settled(config, processes.device)
         if config.checkpoint_activations and not recompute_activations(head):
             logger.warning("train.checkpoint_activations: this head has no layer that it would help")
         self.measure_start = measure_start

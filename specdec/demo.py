@@ -20,7 +20,6 @@ DEMO_SETTINGS = (
     "traces.val_fraction=0.05",
     "head.options.draft_vocab_size=2048",
     "train.epochs=5",
-    "train.batch_tokens=512",
     "train.num_evals=3",
     "serve.max_model_len=1024",
     "serve.max_num_seqs=4",

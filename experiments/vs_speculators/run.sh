@@ -2,7 +2,7 @@
 # Same rows, same target, same features, as large a head, as many minutes: what do the heads of specdec and of
 # speculators 0.9.0 accept, and how fast does each train? Its own environment, two recipes for the rival, training in
 # turns of 20 seconds, then one server a head and one measurement of all.
-# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, 512 tokens a step, short rows (its window
+# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, short rows (its window
 # of 2,048 tokens never closes). Foreseen: 75 minutes; resumes by stage (a training that was stopped starts again).
 #   experiments/vs_speculators/run.sh [MINUTES_PER_SIDE [ROWS_DIR [PROMPTS [TOKENS]]]]   (default: 12, the demo's, 120, 96)
 set -euo pipefail

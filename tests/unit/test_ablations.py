@@ -48,7 +48,7 @@ def test_finished_runs_are_kept_and_the_rest_goes_on(workspace, tmp_path, monkey
     tree = json.loads((tmp_path / "result.json").read_text())
     assert [(row["arm"], row["num_seeds"]) for row in tree["arms"]] == [(arm, 2) for arm in arms[1:]]
     assert len(tree["arms"][2]["per_position_rates"]) == 3  # trained five deep, measured as the others
-    assert "optimizer-muon" in tree["missing"] and tree["winner"] is None
+    assert "optimizer-adamw" in tree["missing"] and tree["winner"] is None
     assert (tmp_path / "result.md").read_text() in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "work").iterdir() if path.is_dir()] == []
     assert run(workspace, tmp_path, *arms, "--seeds", "1", "--set", "train.learning_rate=0.1") == 2
@@ -100,20 +100,20 @@ def made_run(arm: str, seed: int, rate: float) -> ArmRun:
 
 
 def test_a_planted_gain_wins_a_loss_is_named_and_nothing_is_found_where_nothing_is():
-    rates = {"default": 0.5, "ema": 0.56, "optimizer-muon": 0.59, "lm-head-frozen": 0.4, "lm-head-slow": 0.5}
+    rates = {"default": 0.5, "ema": 0.56, "optimizer-adamw": 0.59, "lm-head-frozen": 0.4, "lm-head-slow": 0.5}
     found = judge([made_run(arm, seed, rate) for arm, rate in rates.items() for seed in range(3)])
     verdicts = {row["arm"]: row["verdict"] for row in found["arms"]}
     assert verdicts == {
         "default": "default",
         "ema": "gain",
-        "optimizer-muon": "gain",
+        "optimizer-adamw": "gain",
         "lm-head-frozen": "loss",
         "lm-head-slow": "no difference shown",
     }
-    assert found["winner"] == "optimizer-muon"
+    assert found["winner"] == "optimizer-adamw"
     for row in found["arms"][1:]:
         assert row["difference_ci95"][0] < row["difference"] < row["difference_ci95"][1]
-    assert "**optimizer-muon** (`train.optimizer=muon`) wins" in markdown(found)
+    assert "**optimizer-adamw** (`train.optimizer=adamw`) wins" in markdown(found)
 
 
 def test_one_seed_is_never_called_a_gain():

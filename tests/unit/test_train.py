@@ -190,7 +190,7 @@ def test_a_vocabulary_chosen_by_coverage_is_as_small_as_it_may_be(workspace, tmp
     ("override", "words"),
     [
         ("train.loss=kl", r"train\.loss must be one of cross_entropy, lk_hybrid, lk_log; got 'kl'"),
-        ("train.optimizer=sgd", r"train\.optimizer must be one of adamw, muon"),
+        ("train.optimizer=sgd", r"train\.optimizer must be one of auto, muon, adamw"),
         ("train.position_weights=flat", r"train\.position_weights must be one of decay, survival"),
         ("train.ema=1", r"train\.ema must be at least 0 .* below 1, got 1"),
         ("train.survival_floor=2", r"train\.survival_floor must be from 0 to 1"),

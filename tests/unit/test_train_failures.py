@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_settings_names_them(root, tmp_path, monkeypatch):
 
 
 def test_a_finished_head_of_other_settings_names_them(root):
-    differing = r"train.learning_rate: 0.001 there, 0.5 here; train.window_tokens: 2048 there, 64 here"
+    differing = r"train.learning_rate: 0.00[12] there, 0.5 here; train.window_tokens: 2048 there, 64 here"
     with pytest.raises(ValueError, match=rf"other settings or rows \({differing}\)"):
         train(
             config_for(root, "train.learning_rate=0.5", "train.window_tokens=64"), root / "traces.jsonl", root / "whole"

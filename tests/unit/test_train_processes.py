@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_target
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "train.epochs=3", "train.batch_tokens=160", "head.options.draft_vocab_size=64", "traces.val_fraction=0.25",
-    "train.num_evals=2", "train.precision=fp32",
+    "train.num_evals=2", "train.precision=fp32", "train.optimizer=adamw",
 ]  # fmt: skip
 EVERY_STEP = ["train.checkpoint_every_sec=0.0"]
 RECIPE = [

@@ -48,7 +48,7 @@ class PEagleHead(DraftModule, FeatureFusion):
     def __init__(self, config: Any, target: TargetModel, draft_token_ids: Tensor, num_speculative_tokens: int) -> None:
         super().__init__(target, draft_token_ids, list(config.eagle_aux_hidden_state_layer_ids), num_speculative_tokens)
         self.config = config
-        self.register_buffer("embed_VH", target.embedding.detach().float(), persistent=False)
+        self.register_buffer("embed_VH", target.embedding.detach(), persistent=False)  # the same memory
         self.add_fusion(config)
         self.mask_hidden = nn.Parameter(torch.zeros(self.fc.in_features))  # in the space of the tapped features
         inner = [InnerLayer(config) for _ in range(config.num_hidden_layers - 1)]
@@ -69,7 +69,7 @@ class PEagleHead(DraftModule, FeatureFusion):
         positions_BT = inputs.begins_B[:, None] + indices_T
         positions_BQ = inputs.begins_B[:, None] + anchors_BQ
         fused = self.fuse(inputs.aux_hidden_BTAH.flatten(-2))
-        known: tuple[Tensor, ...] = (F.embedding(next_ids, self.embed_VH), fused)
+        known: tuple[Tensor, ...] = (F.embedding(next_ids, self.embed_VH).float(), fused)
         masks = self._mask_states(anchors_BQ)
         bias_BQT = causal_bias(anchors_BQ, indices_T, fused.dtype)
         for index, layer in enumerate(self.layers):
@@ -89,7 +89,7 @@ class PEagleHead(DraftModule, FeatureFusion):
 
     def _mask_states(self, anchors_BQ: Tensor) -> list[tuple[Tensor, ...]]:
         """What the first layer reads at each mask: the same everywhere, positions aside."""
-        embed = self.embed_VH[self.config.ptd_token_id].expand(*anchors_BQ.shape, -1)
+        embed = self.embed_VH[self.config.ptd_token_id].float().expand(*anchors_BQ.shape, -1)
         hidden = self.fuse(self.mask_hidden).expand(*anchors_BQ.shape, -1)
         return [(embed, hidden)] * (self.num_speculative_tokens - 1)
 
