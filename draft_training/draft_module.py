@@ -97,7 +97,7 @@ class DraftModule(nn.Module):
             reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
             places_N, num_reached = places(reached_BQ)
             ranks_N = rank_BT.gather(1, seen_BQ).flatten()[places_N].clamp(min=0)
-            weights_N = (weight_BQ * reached_BQ / divisors[j]).flatten()[places_N]
+            weights_N = weight_BQ.flatten()[places_N] / divisors[j]
             weights_N[num_reached:] = 0
             states_NH = states_BQH.flatten(0, 1)[places_N]
             step_loss, *found = DraftLoss.apply(states_NH, weight_VH, probs_PV, ranks_N, weights_N, objective)
