@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draft_training.draft_module import DraftModule, Outputs
-from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs
 from draft_training.layers import causal_bias, gather_anchors
+from draft_training.target_model import TargetModel
 
 
 class ChainModule(DraftModule):

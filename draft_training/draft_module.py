@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draft_training.features import TargetModel, padded_length
 from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
 from draft_training.loss import DraftLoss, chunk_rows
+from draft_training.padding import padded_length
 from draft_training.recipe import Objective
+from draft_training.target_model import TargetModel
 
 Outputs = Iterator[tuple[Tensor, Tensor]]
 

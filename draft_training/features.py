@@ -8,7 +8,7 @@ training changes with the bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,100 +16,15 @@ from torch.nn import functional as F
 
 from draft_training.feature_cache import FeatureCache, RowFeatures
 from draft_training.heads import FeatureBatch
+from draft_training.padding import padded_length
+from draft_training.target_model import TargetModel
 from draft_training.windows import Window, anchor_positions, whole_row
-from specdec.device import Device
 from specdec.progress import progress_bar
-from specdec.targets import Target
 from specdec.traces import TokenRow
 
 Item = TypeVar("Item")
 
-LOGITS_CHUNK_TOKENS = 128  # bounds the [tokens, vocabulary] buffer
 SLAB_BYTES, SLAB_ALIGNMENT = 2**26, 64
-LENGTHS_PER_OCTAVE = 8
-
-
-def padded_length(length: int) -> int:
-    """The next of eight lengths an octave. On a CPU the kernels of each new shape stay for good, a megabyte each."""
-    step = max(1, (1 << length.bit_length()) // (2 * LENGTHS_PER_OCTAVE))
-    return length + -length % step
-
-
-class TargetModel:
-    """The frozen target with taps on some of its layers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.config: Any = model.config
-        self.decoder = model.get_decoder()
-        self.embedding: Tensor = model.get_input_embeddings().weight
-        self.lm_head_weight: Tensor = model.get_output_embeddings().weight
-        self.final_norm_weight: Tensor = self.decoder.norm.weight
-
-    @classmethod
-    def load(cls, target: Target, dtype: str, device: Device) -> TargetModel:
-        """Read the target's weights in ``dtype`` onto ``device``."""
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            target.path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
-        return cls(model.to(device.kind))
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
-    def drop_layers(self) -> None:
-        """Give back the memory of all but what heads are built from; no row can be read any more."""
-        is_tied = self.lm_head_weight.data_ptr() == self.embedding.data_ptr()
-        self.embedding = self.embedding.clone()  # out of the file's mapping, which stays whole otherwise
-        self.lm_head_weight = self.embedding if is_tied else self.lm_head_weight.clone()
-        self.final_norm_weight = self.final_norm_weight.clone()
-        del self.model, self.decoder
-
-    @torch.inference_mode()
-    def forward_rows(self, rows: list[list[int]], aux_layer_ids: list[int]) -> list[RowFeatures]:
-        """Features of a right-padded batch of id lists."""
-        lengths = [len(ids) for ids in rows]
-        input_ids = torch.zeros(len(rows), padded_length(max(lengths)), dtype=torch.long)
-        for i, ids in enumerate(rows):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-        taps: dict[int, Tensor] = {}
-
-        def tap(layer_id: int):
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                taps[layer_id] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        # After layer index k - 1 the residual stream has passed k layers.
-        hooks = [self.decoder.layers[k - 1].register_forward_hook(tap(k)) for k in aux_layer_ids]
-        try:
-            # Right padding under a causal mask needs no attention mask: no real token sees a pad.
-            final = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # A head that taps no layer stores nothing for it: A = 0.
-        aux = torch.stack([taps[k] for k in aux_layer_ids], dim=2) if aux_layer_ids else final[:, :, None][:, :, :0]
-        return [self._row(aux[i], final[i], length) for i, length in enumerate(lengths)]
-
-    def _row(self, aux: Tensor, final: Tensor, length: int) -> RowFeatures:
-        """Of a padded row."""
-        logsumexps, argmaxes = [], []
-        for chunk in final[: padded_length(length)].split(LOGITS_CHUNK_TOKENS):
-            logits = (chunk @ self.lm_head_weight.T).float()
-            logsumexps.append(logits.logsumexp(-1))
-            argmaxes.append(logits.argmax(-1))
-        return RowFeatures(
-            aux_hidden=aux[:length],
-            final_hidden=final[:length],
-            logsumexp=torch.cat(logsumexps)[:length],
-            argmax=torch.cat(argmaxes)[:length],
-        )
 
 
 class Slabs:

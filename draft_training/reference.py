@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from draft_training.features import TargetModel
 from draft_training.heads import DraftHead
+from draft_training.target_model import TargetModel
 from specdec.metrics import AcceptanceCounts
 
 

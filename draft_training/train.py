@@ -27,8 +27,9 @@ from specdec.targets import Target, resolve_target
 
 if TYPE_CHECKING:
     from draft_training.distributed import Processes
-    from draft_training.features import FeatureStore, TargetModel
+    from draft_training.features import FeatureStore
     from draft_training.selection import HeldOutAcceptance
+    from draft_training.target_model import TargetModel
     from draft_training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def _train_rows(
 ) -> HeadManifest:
     import torch
 
-    from draft_training.features import TargetModel
+    from draft_training.target_model import TargetModel
     from draft_training.trainer import Trainer
 
     device = detect_device()

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import draft_training.trainer
-from draft_training.features import TargetModel
 from draft_training.step import GradientMaker
+from draft_training.target_model import TargetModel
 from specdec.cli import main
 
 PATIENCE_SEC = 60.0

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from draft_training.features import TargetModel
 from draft_training.heads import load_head
+from draft_training.target_model import TargetModel
 
 # What the R1-Distill templates do: earlier reasoning is cut, and the reply is opened with <think>.
 R1_TEMPLATE = (

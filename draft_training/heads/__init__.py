@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from draft_training.features import TargetModel
     from draft_training.recipe import Objective
+    from draft_training.target_model import TargetModel
 
 
 @dataclass(kw_only=True, slots=True)

@@ -76,7 +76,8 @@ class Bench:
 
     def stores(self, aux_layer_ids: list[int]) -> dict[str, Any]:
         """Feature stores of both splits, filled."""
-        from draft_training.features import FeatureStore, TargetModel
+        from draft_training.features import FeatureStore
+        from draft_training.target_model import TargetModel
 
         if not self._stores:
             dtype = self.device.dtype if self.base.target.dtype == "auto" else self.base.target.dtype

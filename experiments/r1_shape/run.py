@@ -27,8 +27,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draft_training.distributed import Processes
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import list_heads, load_head
+from draft_training.target_model import TargetModel
 from draft_training.trainer import Trainer
 from specdec.config import TrainConfig, from_dict
 from specdec.device import Device, detect_device
@@ -66,7 +67,7 @@ def random_target(shape: str, num_layers: int | None, device: Device) -> TargetM
     torch.manual_seed(0)
     with torch.device(device.kind):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, device.dtype), attn_implementation="sdpa")
-    return TargetModel(model)
+    return TargetModel.of(model)
 
 
 def random_rows(num_rows: int, longest: int, vocab_size: int) -> list[TokenRow]:

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draft_training.distributed import Processes
 from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import load_head
 from draft_training.row_store import load_rows
+from draft_training.target_model import TargetModel
 from draft_training.trainer import Trainer
 from specdec.config import from_dict, load_config
 from specdec.demo import DEMO_SETTINGS

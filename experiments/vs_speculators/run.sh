@@ -2,13 +2,13 @@
 # Same rows, same target, same features, as large a head, as many minutes: what do the heads of specdec and of
 # speculators 0.9.0 accept, and how fast does each train? Its own environment, two recipes for the rival, training in
 # turns of 20 seconds, then one server a head and one measurement of all.
-# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, short rows (its window
+# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, 600 short rows (its window
 # of 2,048 tokens never closes). Foreseen: 75 minutes; resumes by stage (a training that was stopped starts again).
-#   experiments/vs_speculators/run.sh [MINUTES_PER_SIDE [ROWS_DIR [PROMPTS [TOKENS]]]]   (default: 12, the demo's, 120, 96)
+#   experiments/vs_speculators/run.sh [MINUTES_PER_SIDE [ROWS_DIR [PROMPTS [TOKENS]]]]        (default: 8, own, 480, 96)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-minutes=${1:-12}
-rows=${2:-runs/demo/rows}
+minutes=${1:-8}
+rows=${2:-}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
@@ -24,6 +24,11 @@ if ! cmp -s "$here/requirements.txt" "$venv/.installed"; then
     cp "$here/requirements.txt" "$venv/.installed"
 fi
 
+if [ -z "$rows" ]; then # the demo's rows, but more of them
+    rows=runs/vs_speculators/rows
+    "$python" -m specdec prepare --target smollm2-135m --out "$rows" --set traces.num_prompts=600 \
+        --set traces.max_new_tokens=128 --set traces.temperature=0 --set traces.val_fraction=0.05
+fi
 "$python" "$here/train.py" "$rows" "$minutes" "$work"
 arms=()
 for name in specdec speculators_default speculators_tuned; do
@@ -31,7 +36,7 @@ for name in specdec speculators_default speculators_tuned; do
 done
 # Fresh tasks of the kinds that the rows are made of: no side has seen them, or chosen its checkpoint by them.
 "$python" -m specdec eval --out "$work/eval" --suite reasoning-gym "${arms[@]}" \
-    --set eval.num_prompts="${3:-120}" --set eval.max_new_tokens="${4:-96}" --set eval.repeats=1 \
+    --set eval.num_prompts="${3:-480}" --set eval.max_new_tokens="${4:-96}" --set eval.repeats=1 \
     --set eval.sampled=false --set eval.distribution_samples=0 \
-    --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
+    --set 'eval.concurrency=[4]' --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
 "$python" "$here/verdict.py" "$work"

@@ -46,17 +46,20 @@ def rows_card(rows: Path) -> dict[str, Any]:
 
 def side(name: str, folder: Path, rows: Path, data: Path, num_epochs: int) -> Side:
     """The training process of ``name``; both libraries get all cores."""
-    command = _own(folder, rows, num_epochs) if name == OWN else _rival(folder, rows, data, num_epochs, RIVALS[name])
+    known = folder, rows, data, num_epochs
+    command = _own(*known) if name == OWN else _rival(*known, RIVALS[name])
     environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     return Side(name=name, command=command, folder=folder, environment=environment)
 
 
-def _own(folder: Path, rows: Path, num_epochs: int) -> list[str]:
+def _own(folder: Path, rows: Path, data: Path, num_epochs: int) -> list[str]:
     command = [sys.executable, str(HERE / "own.py"), "MARKS", "train", "--head", "eagle3"]
     settings = {
         "head.num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "head.options.draft_vocab_size": DRAFT_VOCAB_SIZE,
         "train.epochs": num_epochs,
+        "train.feature_cache_dir": data / "features",
+        "train.feature_cache_gib": 8,
     }
     command += ["--traces", str(rows), "--out", str(folder / "head")]
     return command + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]

@@ -15,9 +15,8 @@ from specdec.record import write_json_atomic
 
 OUT = Path(__file__).with_name("result.json")
 NOTES = [
-    "train_sec and train_tok_per_sec are of training steps; process_sec also holds start, validation and checkpoints, "
-    "and for specdec the target's features, which the rival is given ready made",
-    "the peak memory of specdec holds the target and its features; the rival reads features from files",
+    "train_sec and train_tok_per_sec are of training steps; process_sec also holds start, validation and checkpoints",
+    "both libraries read the target's features from files, made beforehand and counted for neither",
     "specdec keeps the weights of the highest acceptance on the held-out rows, the rival those of its lowest "
     "validation loss on the same rows",
     "acceptance_ratio is the arm's acceptance length over specdec's, by prompt",

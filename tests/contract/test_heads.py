@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draft_training.features import FeatureStore, TargetModel, anchor_positions, padded_length
+from draft_training.features import FeatureStore, anchor_positions
 from draft_training.heads import list_heads, load_head
+from draft_training.padding import padded_length
 from draft_training.recipe import Objective
 from draft_training.recompute import recompute_activations
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
+from draft_training.target_model import TargetModel
 from draft_training.warm_start import drafted_tokens, load_weights
 from specdec.config import TargetConfig
 from specdec.device import Device

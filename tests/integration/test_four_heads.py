@@ -22,10 +22,11 @@ import httpx
 import pytest
 import torch
 
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import list_heads, load_head
 from draft_training.recipe import Objective
 from draft_training.reference import greedy_decode, speculative_decode
+from draft_training.target_model import TargetModel
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.manifest import HeadManifest

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.vllm
 
 SETTINGS = (
     "traces.max_new_tokens=48", "traces.temperature=0.0", "traces.val_fraction=0.2",
-    "head.options.draft_vocab_size=200", "train.epochs=30", "train.batch_tokens=256", "train.learning_rate=0.003",
+    "head.options.draft_vocab_size=200", "train.epochs=10", "train.batch_tokens=256", "train.learning_rate=0.003",
     "serve.enforce_eager=true", "serve.max_model_len=256", "serve.kv_cache_gib=1", "serve.max_num_seqs=4",
     "eval.num_prompts=4", "eval.max_new_tokens=48", "eval.repeats=1", "eval.sampled=true",
     "eval.distribution_samples=16",

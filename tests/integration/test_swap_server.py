@@ -1,4 +1,4 @@
-"""Every architecture's head swapped in a server that runs: none of its requests notices but by its speed.
+"""A head swapped in a server that runs: none of its requests notices but by its speed.
 
 After a swap the server must accept exactly what the reference decoder accepts with the new head's weights, at each
 position; and after a bad head has been taken back, what it accepts with the old one's.
@@ -18,7 +18,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from draft_training.heads import list_heads
 from draft_training.reference import speculative_decode
 from specdec.cli import app
 from specdec.manifest import HeadManifest
@@ -105,7 +104,7 @@ def swap(facts: dict[str, Any], directory: Path) -> Any:
     return CliRunner().invoke(app, ["swap", str(directory), "--url", facts["url"]])
 
 
-@pytest.mark.parametrize("name", list_heads())
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])  # one of each of vLLM's proposers that hold a head
 def test_a_better_head_stays_a_worse_one_is_taken_back_and_a_broken_one_never_drafts(
     place: Workplace, name: str, tmp_path: Path
 ):

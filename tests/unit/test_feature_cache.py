@@ -17,7 +17,8 @@ import torch
 
 from draft_training import feature_cache
 from draft_training.feature_cache import FeatureCache, RowFeatures
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
+from draft_training.target_model import TargetModel
 from draft_training.windows import tiles
 from specdec.config import TargetConfig
 from specdec.device import Device

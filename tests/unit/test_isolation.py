@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import FeatureBatch, list_heads
 from draft_training.recipe import Objective
+from draft_training.target_model import TargetModel
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.selection import held_out_acceptance
+from draft_training.target_model import TargetModel
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draft_training import layers, selection
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import list_heads
 from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
+from draft_training.target_model import TargetModel
 from draft_training.trainer import plan_batches
 from draft_training.windows import anchor_positions, coverage, draw, plan_windows, tiles, whole_row
 from specdec.config import TargetConfig, TrainConfig

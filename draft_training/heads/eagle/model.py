@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from draft_training.chain import ChainModule
 from draft_training.draft_module import Outputs
 from draft_training.export import llama_config, parameters_in, write_head
-from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs, FeatureBatch, LossOutput
 from draft_training.heads.eagle.config import EagleOptions
 from draft_training.layers import DecoderLayer, init_layers, layer_config
 from draft_training.recipe import Objective
+from draft_training.target_model import TargetModel
 
 
 class EagleHead(ChainModule):

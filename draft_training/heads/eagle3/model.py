@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draft_training.chain import ChainModule
 from draft_training.export import draft_map, eagle3_config, parameters_in, write_head
-from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs
 from draft_training.heads.eagle3.config import Eagle3Options
 from draft_training.layers import FeatureFusion, FusedFeatureLayer, init_layers, layer_config
+from draft_training.target_model import TargetModel
 
 
 class Eagle3Head(ChainModule, FeatureFusion):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draft_training.draft_module import DraftModule, Outputs
-from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs
 from draft_training.heads.medusa.config import MedusaOptions
 from draft_training.heads.medusa.export import export_head
 from draft_training.layers import gather_anchors
+from draft_training.target_model import TargetModel
 
 
 class ResidualBlock(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from draft_training.features import FeatureStore, TargetModel
+from draft_training.features import FeatureStore
 from draft_training.heads import load_head
+from draft_training.target_model import TargetModel
 from specdec.config import TargetConfig
 from specdec.device import Device
 from specdec.targets import resolve_target

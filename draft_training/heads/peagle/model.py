@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draft_training.draft_module import DraftModule, Outputs
 from draft_training.export import draft_map, eagle3_config, parameters_in, write_head
-from draft_training.features import TargetModel
 from draft_training.heads import DraftInputs
 from draft_training.heads.peagle.config import PEagleOptions
 from draft_training.layers import (
@@ -30,6 +29,7 @@ from draft_training.layers import (
     init_layers,
     layer_config,
 )
+from draft_training.target_model import TargetModel
 
 
 class InnerLayer(DecoderLayer):
