@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from draft_training.mapped_file import MappedFile
 from specdec.manifest import TargetFingerprint
 from specdec.progress import progress_bar
 from specdec.record import file_sha256, text_sha256
@@ -78,7 +77,7 @@ class FeatureCache:
         self.folder = root / text_sha256(json.dumps(facts, sort_keys=True))[:16]
         self.shards = self._plan_shards()
         self._places = {row: place for number, shard in enumerate(self.shards) for row, place in self._offsets(number)}
-        self._files: dict[tuple[int, str], Any] = {}  # whole ones, mapped into memory
+        self._files: dict[tuple[int, str], MappedFile] = {}  # whole ones
 
     def _plan_shards(self) -> list[list[int]]:
         """Longest rows first: they cost the target most."""
@@ -109,15 +108,15 @@ class FeatureCache:
         if not self.holds(row, aux_layer_ids):
             return None
         number, offset = self._places[row]
-        span = slice(offset + begin, offset + end)
+        span = offset + begin, offset + end
         final, *layers = [self._files[number, part] for part in _parts(aux_layer_ids)]
-        final_hidden = final.get_slice("final_hidden")[span]
-        aux = [layer.get_slice("hidden")[span] for layer in layers]
+        final_hidden = final.rows("final_hidden", *span)
+        aux = [layer.rows("hidden", *span) for layer in layers]
         return RowFeatures(
             aux_hidden=torch.stack(aux, dim=1) if aux else final_hidden[:, None][:, :0],
             final_hidden=final_hidden,
-            logsumexp=final.get_slice("logsumexp")[span],
-            argmax=final.get_slice("argmax")[span].long(),
+            logsumexp=final.rows("logsumexp", *span),
+            argmax=final.rows("argmax", *span).long(),
             begin=begin,
         )
 
@@ -220,7 +219,7 @@ class FeatureCache:
         return True
 
     def _open(self, number: int, part: str) -> None:
-        self._files[number, part] = safetensors.safe_open(self._path(number, part), framework="pt")
+        self._files[number, part] = MappedFile(self._path(number, part))
 
     def _path(self, number: int, part: str) -> Path:
         return self.folder / f"{number:05d}.{part}.safetensors"

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from draft_training import feature_cache
 from draft_training.feature_cache import FeatureCache, RowFeatures
 from draft_training.features import FeatureStore
+from draft_training.mapped_file import MappedFile
 from draft_training.target_model import TargetModel
 from draft_training.windows import tiles
 from specdec.config import TargetConfig
@@ -258,3 +260,20 @@ def test_batches_are_the_same_from_disk_from_memory_and_computed_when_drawn(targ
     for found in others:
         for kind in (0, 1):
             torch.testing.assert_close(dataclasses.asdict(found[kind]), dataclasses.asdict(wanted[kind]))
+
+
+def resident_bytes(path: Path) -> int:
+    """Of this process's mapping of a file."""
+    blocks = Path("/proc/self/smaps").read_text().split(str(path))
+    return sum(int(block.split("Rss:")[1].split()[0]) * 1024 for block in blocks[1:])
+
+
+def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path):
+    path = tmp_path / "file.safetensors"
+    tensors = {"hidden": torch.randn(4096, 512).bfloat16(), "ids": torch.arange(4096, dtype=torch.int32)}
+    save_file(tensors, path)
+    file = MappedFile(path)
+    for name, tensor in tensors.items():
+        for begin, end in ((0, 4096), (7, 9), (4095, 4096), (12, 12)):
+            assert torch.equal(file.rows(name, begin, end), tensor[begin:end])
+    assert path.stat().st_size > 2**22 and resident_bytes(path) == 0
