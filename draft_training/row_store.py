@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -78,11 +80,13 @@ def _describe(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 class StoredRows(Sequence[TokenRow]):
     """Rows of one split. Each is read from its memory-mapped file when it is asked for: sets may exceed memory."""
 
-    def __init__(self, table: Any) -> None:
-        self._table = table
+    def __init__(self, batches: list[Any]) -> None:
+        """Arrow's record batches, in order."""
+        self._batches = batches
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in batches))
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._ends[-1] if self._ends else 0
 
     @overload
     def __getitem__(self, index: int) -> TokenRow: ...
@@ -91,10 +95,11 @@ class StoredRows(Sequence[TokenRow]):
     def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _row(self._table[index])
-
-    def __iter__(self) -> Iterator[TokenRow]:
-        return map(_row, self._table)
+        number = range(len(self))[index]
+        place = bisect.bisect_right(self._ends, number)
+        batch = self._batches[place]
+        [item] = batch.slice(number - self._ends[place] + batch.num_rows, 1).to_pylist()
+        return _row(item)
 
 
 def _row(item: dict[str, Any]) -> TokenRow:
@@ -108,9 +113,13 @@ def load_rows(directory: Path) -> StoredRows:
     Raises:
         ValueError: not a directory that ``prepare`` wrote.
     """
-    from datasets import load_from_disk
+    import pyarrow as pa  # reads what datasets wrote, at a fraction of its memory
+    from pyarrow.ipc import open_stream
 
     try:
-        return StoredRows(load_from_disk(str(directory)))
-    except Exception as error:  # datasets raises its own kinds for missing and damaged files
+        files = [
+            directory / file["filename"] for file in json.loads((directory / "state.json").read_text())["_data_files"]
+        ]
+        return StoredRows([batch for file in files for batch in open_stream(pa.memory_map(str(file)))])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} holds no rows ({error}); make them with `specdec prepare`") from error
