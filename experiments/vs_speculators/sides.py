@@ -1,7 +1,7 @@
 """The three sides: what each is told. What is not told here is its own default.
 
 All train one Llama layer on the same rows, the same three tapped layers and the same draft vocabulary, for as long.
-The rival's batches are smaller than its own default and than ours: of minutes, those would leave it too few steps.
+Both make batches of 512 tokens, fewer than either's default: of minutes, those would leave the rival too few steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RIVALS: dict[str, list[str]] = {
 NAMES = [OWN, *RIVALS]
 NUM_SPECULATIVE_TOKENS = 3
 DRAFT_VOCAB_SIZE = 2048
-RIVAL_BATCH_TOKENS = 512
+BATCH_TOKENS = 512
 RIVAL_PYTHON = Path("runs/vs_speculators/venv/bin/python")
 
 
@@ -58,6 +58,7 @@ def _own(folder: Path, rows: Path, data: Path, num_epochs: int) -> list[str]:
         "head.num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "head.options.draft_vocab_size": DRAFT_VOCAB_SIZE,
         "train.epochs": num_epochs,
+        "train.batch_tokens": BATCH_TOKENS,
         "train.feature_cache_dir": data / "features",
         "train.feature_cache_gib": 8,
     }
@@ -74,7 +75,7 @@ def _rival(folder: Path, rows: Path, data: Path, num_epochs: int, recipe: list[s
         "--data-path": str(data),
         "--save-path": str(folder / "checkpoints"),
         "--draft-vocab-size": str(DRAFT_VOCAB_SIZE),
-        "--total-seq-len": str(max(RIVAL_BATCH_TOKENS, splits["train"]["length_max"])),
+        "--total-seq-len": str(max(BATCH_TOKENS, splits["train"]["length_max"])),
         "--train-data-ratio": str((num_train + 0.5) / (num_train + num_held_out)),  # it rounds down
         "--epochs": str(num_epochs),
         # What it needs on a CPU, where its own defaults have no kernels. It computes in bf16, as specdec does where the
