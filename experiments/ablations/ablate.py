@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from draft_training.interrupt import Interrupted
 from experiments.ablations.arms import ARMS, ArmRun, Bench, arm_config, train_arm
@@ -58,6 +59,11 @@ def run_all(
     return finished
 
 
+def summary(run: ArmRun) -> dict[str, Any]:
+    """Without each draft's count: that stays in the work folder."""
+    return {key: value for key, value in dataclasses.asdict(run).items() if key != "accepted_by_conversation"}
+
+
 def say(line: str) -> None:
     """Progress goes to stderr."""
     sys.stderr.write(line + "\n")
@@ -96,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings=options.overrides,
         num_seeds=options.seeds,
     )
-    runs = [dataclasses.asdict(run) for run in finished]
+    runs = [summary(run) for run in finished]
     write_json_atomic(options.out / "result.json", {**found, "runs": runs, "provenance": facts})
     (options.out / "result.md").write_text(markdown(found))
     print(markdown(found))
