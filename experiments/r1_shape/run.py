@@ -1,6 +1,6 @@
 """Training at the true shape of an R1-Distill target, with random weights: tokens a second, memory, share of the peak.
 
-    python experiments/r1_shape/run.py [--shape qwen-1.5b] [--layers N] [--tokens 4096,16384] [--rows 32] [--out FILE]
+    python experiments/r1_shape/run.py [--shape qwen-1.5b] [--optimizer muon] [--tokens 4096,16384] [--out FILE]
 
 Every head at every batch size, its target features kept on the device: what one optimizer step takes. And what the
 target's features cost, which training pays once a row. Rows hold random ids, as long as reasoning traces are
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from draft_training.distributed import Processes
 from draft_training.features import FeatureStore
 from draft_training.heads import list_heads, load_head
+from draft_training.recipe import KNOWN
 from draft_training.target_model import TargetModel
 from draft_training.trainer import Trainer
 from specdec.config import TrainConfig, from_dict
@@ -160,9 +161,9 @@ def features_point(target: TargetModel, rows: list[TokenRow], batch_tokens: int,
 
 
 def training_point(
-    name: str, target: TargetModel, rows: list[TokenRow], batch_tokens: int, device: Device
+    name: str, target: TargetModel, rows: list[TokenRow], batch_tokens: int, optimizer: str, device: Device
 ) -> dict[str, Any]:
-    """``NUM_STEPS`` optimizer steps of one head with the default recipe, at this batch size."""
+    """``NUM_STEPS`` optimizer steps of one head with the default recipe but for the optimizer, at this batch size."""
     spec = load_head(name)
     asked = {"draft_vocab_size": NUM_DRAFTED} if hasattr(spec.options_cls, "draft_vocab_size") else {}
     options = from_dict(spec.options_cls, asked)
@@ -171,7 +172,7 @@ def training_point(
     torch.manual_seed(0)
     head = spec.build(target, torch.arange(num_drafted), options, 3).to(device.kind)
     store = FeatureStore(target, rows, head.aux_layer_ids, 2**62)
-    config = TrainConfig(batch_tokens=batch_tokens, epochs=1)
+    config = TrainConfig(batch_tokens=batch_tokens, epochs=1, optimizer=optimizer)
     trainer = Trainer(
         head=head, train_store=store, val_store=store, config=config, on_policy=True, work_dir=Path(), identity={},
         precision="bf16" if device.native_bf16 else "fp32", processes=Processes("ddp", device),
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen-1.5b")
     parser.add_argument("--layers", type=int, help="of the target; default: all (fewer for a try on a CPU)")
     parser.add_argument("--tokens", default="4096,16384", help="batch sizes")
+    parser.add_argument("--optimizer", choices=KNOWN["optimizer"], default="auto")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--longest", type=int, default=LONGEST)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))
@@ -208,7 +210,7 @@ def main() -> None:
         for name in list_heads():
             point: dict[str, Any] = {"error": "out of memory"}
             with suppress(torch.OutOfMemoryError):
-                point = training_point(name, target, rows, batch_tokens, device)
+                point = training_point(name, target, rows, batch_tokens, args.optimizer, device)
             result["training"].setdefault(name, {})[batch_tokens] = point
             print(batch_tokens, name, json.dumps(point), file=sys.stderr, flush=True)
             facts = provenance(shape=args.shape, settings=sys.argv[1:], accelerator=accelerator)
