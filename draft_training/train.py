@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# oneDNN and PyTorch's layer over it each keep what they made for a matrix shape, 0.3 to 1 MB of it: of batches of many
+# shapes that were hundreds of MiB. Both must forget for either to help, and they read this when first used.
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KERNELS_KEPT = 64
+
 
 def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadManifest:
     """Train ``config.head`` for ``config.target`` and export it to ``out_dir``.
@@ -48,6 +54,8 @@ def train(config: RunConfig, source: str | Path | None, out_dir: Path) -> HeadMa
         Interrupted: stopped by a signal; the same command resumes.
     """
     check_recipe(config.train)
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS_KEPT))
     config.train = settled(config.train, detect_device())  # a resumed run must not settle it in another way
     if config.train.tensorboard:
         require_tensorboard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from draft_training.draft_vocabulary import count_completion_tokens
 from draft_training.heads import list_heads, load_head
 from draft_training.prepare import prepare
 from draft_training.row_store import load_rows
-from draft_training.train import train
+from draft_training.train import KERNEL_CACHES, KERNELS_KEPT, train
 from draft_training.trainer import learning_rate_factor
 from specdec.cli import app
 from specdec.config import RunConfig, TargetConfig, load_config
@@ -237,3 +238,12 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[-1] < 0.001
     assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_kernel_caches_are_bounded_before_anything_computes_unless_the_user_says_how(monkeypatch, tmp_path):
+    first, second = KERNEL_CACHES
+    monkeypatch.setenv(first, "7")
+    monkeypatch.delenv(second, raising=False)
+    with pytest.raises(ValueError, match="unknown target"):
+        train(RunConfig(target=TargetConfig(name="nowhere")), None, tmp_path)
+    assert (os.environ[first], os.environ[second]) == ("7", str(KERNELS_KEPT))
