@@ -21,7 +21,7 @@ from draft_training.heads.eagle3.config import Eagle3Options
 from draft_training.prepare import CARD_NAME
 from draft_training.row_store import load_rows, save_split
 from draft_training.target_model import TargetModel
-from experiments.vs_speculators.sides import DRAFT_VOCAB_SIZE
+from experiments.vs_speculators.sides import DRAFT_VOCAB_SIZE, FEATURE_CACHE_GIB
 from specdec.config import RunConfig
 from specdec.device import detect_device
 from specdec.progress import progress_bar
@@ -30,7 +30,6 @@ from specdec.targets import resolve_target
 from specdec.traces import TokenRow
 
 BATCH_TOKENS = 2048
-CACHE_BYTES = 2**33
 PILOT_ROWS = 48
 
 
@@ -65,7 +64,7 @@ def write_features(model: TargetModel, layer_ids: list[int], rows: list[TokenRow
 def fill_cache(model: TargetModel, layer_ids: list[int], rows: list[TokenRow], root: Path) -> None:
     """What ``specdec train`` then finds in ``train.feature_cache_dir``."""
     fingerprint = resolve_target(RunConfig().target).fingerprint()
-    cache = FeatureCache(root, CACHE_BYTES, fingerprint, model.embedding.dtype, rows)
+    cache = FeatureCache(root, FEATURE_CACHE_GIB * 2**30, fingerprint, model.embedding.dtype, rows)
     FeatureStore(model, rows, layer_ids, 0, cache).fill(BATCH_TOKENS, "target features for specdec")
 
 

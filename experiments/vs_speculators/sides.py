@@ -29,6 +29,7 @@ NAMES = [OWN, *RIVALS]
 NUM_SPECULATIVE_TOKENS = 3
 DRAFT_VOCAB_SIZE = 2048
 BATCH_TOKENS = 512
+FEATURE_CACHE_GIB = 8
 RIVAL_PYTHON = Path("runs/vs_speculators/venv/bin/python")
 
 
@@ -60,7 +61,7 @@ def _own(folder: Path, rows: Path, data: Path, num_epochs: int) -> list[str]:
         "train.epochs": num_epochs,
         "train.batch_tokens": BATCH_TOKENS,
         "train.feature_cache_dir": data / "features",
-        "train.feature_cache_gib": 8,
+        "train.feature_cache_gib": FEATURE_CACHE_GIB,
     }
     command += ["--traces", str(rows), "--out", str(folder / "head")]
     return command + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
