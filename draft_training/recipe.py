@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from specdec.config import TrainConfig
@@ -64,6 +65,8 @@ def check_recipe(config: TrainConfig) -> None:
     for name, known in KNOWN.items():
         if getattr(config, name) not in known:
             raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
+    if not 0 < config.epochs < math.inf:
+        raise ValueError(f"train.epochs must be a number above 0, got {config.epochs:g}")
     if not 0 <= config.survival_floor <= 1:
         raise ValueError(f"train.survival_floor must be from 0 to 1, got {config.survival_floor}")
     if not 0 <= config.ema < 1:

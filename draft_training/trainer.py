@@ -56,8 +56,8 @@ class TrainState:
 
 def plan_batches(planned: list[Tiles], config: TrainConfig) -> list[list[Window]]:
     """All batches of all epochs, from the seed alone: the data position is a step number."""
-    batches = []
-    for epoch in range(config.epochs):
+    batches: list[list[Window]] = []
+    for epoch in range(math.ceil(config.epochs)):
         rng = random.Random(f"{config.seed}/{epoch}")
         order = draw(planned, config.seed, epoch)
         rng.shuffle(order)
@@ -69,16 +69,16 @@ def plan_batches(planned: list[Tiles], config: TrainConfig) -> list[list[Window]
         pools = [sorted(members, key=lambda window: window.num_tokens) for members in slices]
         groups = [g for members in pools for g in length_groups(members, lambda w: w.num_tokens, config.batch_tokens)]
         rng.shuffle(groups)
-        batches += groups
+        batches += groups[: math.ceil(min(1.0, config.epochs - epoch) * len(groups))]
     return batches
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then linear to zero: a cosine came out 0.012 of acceptance length lower."""
     warmup = max(1, round(warmup_fraction * num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+    return 1 - (step - warmup) / max(1, num_steps - warmup)
 
 
 class Trainer:
@@ -109,7 +109,8 @@ class Trainer:
         self.head, self.train_store, self.val_store, self.processes = head, train_store, val_store, processes
         self.config, self.on_policy, self.work_dir, self.identity = config, on_policy, work_dir, identity
         planned = plan_windows(train_store.rows, config, head.num_speculative_tokens)
-        self.batches, self.coverage = plan_batches(planned, config), coverage(planned, config)
+        self.batches = plan_batches(planned, config)
+        self.coverage = coverage(planned, self.batches)
         recipe = config.learning_rate, config.lm_head_lr_scale, config.weight_decay
         head.parameter_groups(*recipe)  # freezes what is to be frozen: DDP and FSDP look once
         self.model = processes.wrap(head)

@@ -119,9 +119,9 @@ def _place(windows: Tiles, seed: int, epoch: int) -> int:
     return order[place]
 
 
-def coverage(planned: list[Tiles], config: TrainConfig) -> Coverage:
-    """What all epochs reach together."""
-    drawn = {window for epoch in range(config.epochs) for window in draw(planned, config.seed, epoch)}
+def coverage(planned: list[Tiles], batches: Iterable[list[Window]]) -> Coverage:
+    """What all batches reach together."""
+    drawn = {window for batch in batches for window in batch}
     return Coverage(
         num_rows=len(planned),
         num_windowed_rows=sum(len(windows) > 1 for windows in planned),

@@ -64,7 +64,7 @@ class TrainConfig:
     """The training loop."""
 
     init_head: str | None = None  # a head of the same architecture and target to start from
-    epochs: int = 6
+    epochs: float = 6.0  # of a broken one the first part is drawn
     batch_tokens: int = 1024  # padded, of one optimizer step, over all processes
     accumulation_steps: int = 1  # parts that each process makes of its share, one after another: less memory
     checkpoint_activations: bool = False  # attention and MLPs are computed again in the backward pass: less memory

@@ -2,12 +2,12 @@
 # Same rows, same target, same features, as large a head, as many minutes: what do the heads of specdec and of
 # speculators 0.9.0 accept, and how fast does each train? Its own environment, two recipes for the rival, training in
 # turns of 20 seconds, then one server a head and one measurement of all.
-# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, 600 short rows (its window
+# Scaled down for two cores: minutes instead of GPU hours, a target of 135M, 1,500 short rows (its window
 # of 2,048 tokens never closes). Foreseen: 75 minutes; resumes by stage (a training that was stopped starts again).
-#   experiments/vs_speculators/run.sh [MINUTES_PER_SIDE [ROWS_DIR [PROMPTS [TOKENS]]]]        (default: 8, own, 480, 96)
+#   experiments/vs_speculators/run.sh [MINUTES_PER_SIDE [ROWS_DIR [PROMPTS [TOKENS]]]]        (default: 7, own, 960, 96)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-minutes=${1:-8}
+minutes=${1:-7}
 rows=${2:-}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=.venv/bin/python
@@ -26,8 +26,8 @@ fi
 
 if [ -z "$rows" ]; then # the demo's rows, but more of them
     rows=runs/vs_speculators/rows
-    "$python" -m specdec prepare --target smollm2-135m --out "$rows" --set traces.num_prompts=600 \
-        --set traces.max_new_tokens=128 --set traces.temperature=0 --set traces.val_fraction=0.05
+    "$python" -m specdec prepare --target smollm2-135m --out "$rows" --set traces.num_prompts=1500 \
+        --set traces.max_new_tokens=128 --set traces.temperature=0 --set traces.val_fraction=0.04
 fi
 "$python" "$here/train.py" "$rows" "$minutes" "$work"
 arms=()
@@ -36,7 +36,7 @@ for name in specdec speculators_default speculators_tuned; do
 done
 # Fresh tasks of the kinds that the rows are made of: no side has seen them, or chosen its checkpoint by them.
 "$python" -m specdec eval --out "$work/eval" --suite reasoning-gym "${arms[@]}" \
-    --set eval.num_prompts="${3:-480}" --set eval.max_new_tokens="${4:-96}" --set eval.repeats=1 \
+    --set eval.num_prompts="${3:-960}" --set eval.max_new_tokens="${4:-96}" --set eval.repeats=1 \
     --set eval.sampled=false --set eval.distribution_samples=0 \
     --set 'eval.concurrency=[4]' --set serve.max_model_len=1024 --set serve.max_num_seqs=4 --set serve.kv_cache_gib=1
 "$python" "$here/verdict.py" "$work"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.vs_speculators.sides import (
+    DEFAULT,
     DRAFT_VOCAB_SIZE,
     HERE,
     NAMES,
@@ -40,8 +41,11 @@ def make_dataset(rows: Path, data: Path) -> None:
     subprocess.run([sys.executable, str(HERE / "dataset.py"), str(rows), str(data)], check=True)
 
 
-def fitting_epochs(rows: Path, data: Path, minutes: float, work: Path) -> dict[str, int]:
-    """How many epochs of ``rows`` each side trains in ``minutes``, by a short run of all in turn."""
+def fitting_epochs(rows: Path, data: Path, minutes: float, work: Path) -> dict[str, float]:
+    """How many epochs of ``rows`` each side trains in about ``minutes``, by a short run of all in turn.
+
+    The rival knows whole epochs only, so the time is what its default needs for the whole number that comes nearest.
+    """
     path = work / "pilot.json"
     if not path.is_file():
         pilot = {
@@ -55,7 +59,9 @@ def fitting_epochs(rows: Path, data: Path, minutes: float, work: Path) -> dict[s
         shutil.rmtree(work / "pilot")
     num_tokens = rows_card(rows)["splits"]["train"]["tokens"]
     speeds = json.loads(path.read_text())
-    return {name: max(1, round(minutes * 60 * speeds[name] / num_tokens)) for name in NAMES}
+    sec = max(1, round(minutes * 60 * speeds[DEFAULT] / num_tokens)) * num_tokens / speeds[DEFAULT]
+    fitting = {name: sec * speeds[name] / num_tokens for name in NAMES}
+    return {name: round(epochs, 2) if name == OWN else max(1, round(epochs)) for name, epochs in fitting.items()}
 
 
 def _is_timed(each: Side) -> bool:
@@ -66,7 +72,7 @@ def _tok_per_sec(steps: list[tuple[float, int]]) -> float:
     return sum(tokens for _, tokens in steps) / sum(seconds for seconds, _ in steps)
 
 
-def train_sides(rows: Path, data: Path, minutes: float, work: Path, epochs: dict[str, int]) -> None:
+def train_sides(rows: Path, data: Path, minutes: float, work: Path, epochs: dict[str, float]) -> None:
     """Train what is not trained yet, from its beginning; writes ``NAME/arm.json``."""
     missing = [name for name in NAMES if not (work / name / "arm.json").is_file()]
     for name in missing:
@@ -101,7 +107,7 @@ def own_facts(head: Path) -> dict[str, Any]:
     }
 
 
-def export_rival(each: Side, num_epochs: int) -> dict[str, Any]:
+def export_rival(each: Side, num_epochs: float) -> dict[str, Any]:
     """Its checkpoint of the lowest validation loss as a head that ``specdec serve`` takes."""
     checkpoints, head = each.folder / "checkpoints", each.folder / "head"
     best = (checkpoints / "checkpoint_best").resolve()
@@ -121,7 +127,7 @@ def export_rival(each: Side, num_epochs: int) -> dict[str, Any]:
     manifest.save(head)
     history = [
         {"epoch": epoch + 1, **_validation(json.loads(path.read_text()))}
-        for epoch in range(num_epochs)
+        for epoch in range(round(num_epochs))
         if (path := checkpoints / str(epoch) / "val_metrics.json").is_file()  # written where the loss fell
     ]
     shutil.rmtree(checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -17,7 +18,7 @@ from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
 from draft_training.target_model import TargetModel
 from draft_training.trainer import plan_batches
-from draft_training.windows import anchor_positions, coverage, draw, plan_windows, tiles, whole_row
+from draft_training.windows import Coverage, anchor_positions, coverage, draw, plan_windows, tiles, whole_row
 from specdec.config import TargetConfig, TrainConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
@@ -71,26 +72,29 @@ def test_all_windows_are_drawn_before_one_comes_again_and_the_seed_decides_which
     rows = [make_row(0, 100), make_row(1, 20), make_row(2, 77)]
     config = TrainConfig(window_tokens=16, epochs=40)
     planned = plan_windows(rows, config, K)
-    epochs = [draw(planned, 0, epoch) for epoch in range(config.epochs)]
+    epochs = [draw(planned, 0, epoch) for epoch in range(40)]
     for index, windows in enumerate(planned):
         times = Counter(epoch[index] for epoch in epochs)
         assert set(times) == set(windows) and max(times.values()) - min(times.values()) <= 1
     assert len({epoch[0].first for epoch in epochs}) > 3
-    assert [draw(planned, 0, epoch) for epoch in range(config.epochs)] == epochs
-    assert [draw(planned, 1, epoch) for epoch in range(config.epochs)] != epochs
+    assert [draw(planned, 0, epoch) for epoch in range(40)] == epochs
+    assert [draw(planned, 1, epoch) for epoch in range(40)] != epochs
     offsets = {plan_windows(rows, TrainConfig(window_tokens=16, seed=seed), K)[0][1].first for seed in range(20)}
     assert len(offsets) > 8  # of 16
 
 
 def test_what_the_epochs_reach_is_counted():
     rows = [make_row(0, 6 + 100 + 1), make_row(1, 6 + 10 + 1)]  # 100 and 10 anchors
-    few = coverage(
-        plan_windows(rows, TrainConfig(window_tokens=20, epochs=2), K), TrainConfig(window_tokens=20, epochs=2)
-    )
+
+    def reached(epochs: float) -> Coverage:
+        config = TrainConfig(window_tokens=20, epochs=epochs)
+        planned = plan_windows(rows, config, K)
+        return coverage(planned, plan_batches(planned, config))
+
+    few = reached(2)
     assert (few.num_rows, few.num_windowed_rows, few.num_positions) == (2, 1, 110)
     assert 10 + 2 <= few.num_covered <= 10 + 40 and few.share == few.num_covered / 110
-    many = TrainConfig(window_tokens=20, epochs=6)
-    assert coverage(plan_windows(rows, many, K), many).share == 1.0
+    assert reached(6).share == 1.0
 
 
 @pytest.mark.parametrize(("name", "value"), [("window_tokens", 0), ("prefix_tokens", -1)])
@@ -116,6 +120,16 @@ def test_each_epoch_draws_each_row_once_and_pads_little():
         assert all(
             len(batch) == 1 or max(w.num_tokens for w in batch) * len(batch) <= batch_tokens for batch in batches
         )
+
+
+def test_a_broken_epoch_is_the_first_part_of_a_whole_one():
+    config = TrainConfig(epochs=3, batch_tokens=256)
+    planned = plan_windows([make_row(i, 20 + i) for i in range(40)], config, K)
+    whole = plan_batches(planned, config)
+    per_epoch = len(whole) // 3
+    part = plan_batches(planned, dataclasses.replace(config, epochs=1.5))
+    assert part == whole[: len(part)] and len(part) == pytest.approx(1.5 * per_epoch, abs=1)
+    assert len(plan_batches(planned, dataclasses.replace(config, epochs=0.01))) == 1
 
 
 def test_windows_draft_and_learn_what_the_whole_row_does(head, target):
