@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens, covered_share
+from draft_training.exported import open_head
 from draft_training.heads import HeadSpec, load_head
 from draft_training.prepare import CARD_NAME, SETTINGS_NAME, prepare
 from draft_training.recipe import check_recipe, settled
 from draft_training.row_store import StoredRows, load_rows
 from draft_training.run_identity import differences, run_identity
 from draft_training.train_log import require_tensorboard
-from draft_training.warm_start import drafted_tokens, head_config_of, load_weights
+from draft_training.warm_start import head_config_of
 from draft_training.windows import Coverage
 from specdec.config import RunConfig, from_dict
 from specdec.device import Device, detect_device, num_processes, process_rank
@@ -200,19 +201,15 @@ def _manifest(
 def _new_head(
     config: RunConfig, spec: HeadSpec, options: Any, target_model: TargetModel, token_counts: Counter[int]
 ) -> Any:
-    """On the target's device; with the weights and the vocabulary of ``train.init_head`` where that is set."""
+    """On the target's device: ``train.init_head`` where that is set."""
     import torch
 
+    if config.train.init_head is not None:
+        return open_head(Path(config.train.init_head), target_model)
     vocab_size = int(target_model.config.vocab_size)
-    init_dir = Path(config.train.init_head) if config.train.init_head is not None else None
-    if init_dir is not None:
-        draft_ids = drafted_tokens(init_dir, vocab_size)
-    else:
-        size = spec.draft_vocab_size(options, vocab_size, token_counts)
-        draft_ids = choose_draft_tokens(token_counts, vocab_size, size)
+    size = spec.draft_vocab_size(options, vocab_size, token_counts)
+    draft_ids = choose_draft_tokens(token_counts, vocab_size, size)
     head = spec.build(target_model, torch.tensor(draft_ids), options, config.head.num_speculative_tokens)
-    if init_dir is not None:
-        load_weights(head, init_dir)
     return head.to(target_model.device)
 
 

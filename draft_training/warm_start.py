@@ -20,7 +20,7 @@ def head_config_of(directory: Path, given: HeadConfig) -> HeadConfig:
     """
     made = HeadManifest.load(directory).provenance.get("config", {}).get("head")
     if made is None:
-        raise ValueError(f"the manifest of {directory} does not say how it was trained: it can't be trained further")
+        raise ValueError(f"the manifest of {directory} does not say how it was trained: specdec can't open it")
     config = from_dict(HeadConfig, made, "head.")
     if given not in (HeadConfig(), config):
         raise ValueError(f"{directory} is a {config.name} head with settings of its own: leave out --head and head.*")

@@ -217,8 +217,12 @@ def doctor(
         str, typer.Argument(help="A draft head, EAGLE-1, EAGLE-3, speculators or Medusa: its directory or hub id.")
     ],
     target: Target = None,
-    parity: Annotated[bool, typer.Option("--parity", help="Also serve it and compare with training's figure.")] = False,
-    prompts: Annotated[Path | None, typer.Option(help="Held-out prompts for --parity: val_prompts.jsonl.")] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also serve it, and compare with training on the same answers.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts for --parity; otherwise tasks of reasoning-gym.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     config: Config = None,
     overrides: Overrides = None,
@@ -232,7 +236,9 @@ def doctor(
     directory = find_head(head)
     findings = diagnose(directory, resolve_target(run.target))
     if parity and not findings:
-        findings = check_parity(run, directory, prompts)
+        from draft_training.exported import acceptance_on
+
+        findings = check_parity(run, directory, prompts, acceptance_on)
     if as_json:
         _echo_json({"head": head, "clean": not findings, "findings": [asdict(finding) for finding in findings]})
     for finding in [] if as_json else findings:

@@ -137,7 +137,7 @@ class EvalConfig:
     num_samples: list[int] = field(default_factory=lambda: [1])  # answers per prompt of the sampled cells
     distribution_samples: int = 64  # per prompt, of the two-sample test at temperature 1; 0: no test
     distribution_prompts: int = 4
-    prompt_excerpts: bool = True  # the first words of prompts whose greedy outputs part; off for a report to publish
+    prompt_excerpts: bool = True  # in the report of prompts whose outputs part, and answers.jsonl; off: no text is kept
     price_per_hour: float | None = None  # of the machine, in your currency
     slo_ttft_sec: float | None = None  # a request counts as goodput when it meets both
     slo_tpot_sec: float | None = None

@@ -1,4 +1,8 @@
-"""``python experiments/four_heads/verdict.py RUN_DIR PROMPTS``: what each head accepts, and what it gains."""
+"""``python experiments/four_heads/verdict.py RUN_DIR PROMPTS``: what each head accepts, and what it gains.
+
+Training's acceptance is given twice: as the manifest has it, on the rows of these prompts, and as training's walk finds
+it on the answers that were served. The two texts part where two tokens tie.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from draft_training.exported import acceptance_on
+from specdec.config import RunConfig
 from specdec.evaluation.acceptance import trained_acceptance
+from specdec.evaluation.answers import NAME, Answer, read_answers
 from specdec.manifest import HeadManifest
 from specdec.metrics import bootstrap_ci95
 from specdec.record import text_sha256, write_json_atomic
@@ -15,18 +22,24 @@ from specdec.record import text_sha256, write_json_atomic
 OUT = Path(__file__).with_name("result.json")
 
 
-def verdict(result: dict[str, Any], prompts: dict[str, str]) -> dict[str, Any]:
-    """One row an arm, of the greedy cell; ``prompts`` by item id."""
+def verdict(result: dict[str, Any], prompts: dict[str, str], on_served: dict[str, float]) -> dict[str, Any]:
+    """One row an arm, of the greedy cell; ``prompts`` by item id; ``on_served``: by arm, what training's walk finds."""
     cell = result["cells"][0]
     return {
-        "arms": [_row(result, cell, arm, prompts) for arm in result["arms"]],
+        "arms": [_row(result, cell, arm, prompts, on_served) for arm in result["arms"]],
         "greedy_identity_rate": {row["arm"]: row["greedy_identity_rate"] for row in result["losslessness"]["greedy"]},
         "notes": result["notes"],
         "provenance": result["provenance"],
     }
 
 
-def _row(result: dict[str, Any], cell: dict[str, Any], arm: dict[str, Any], prompts: dict[str, str]) -> dict[str, Any]:
+def _row(
+    result: dict[str, Any],
+    cell: dict[str, Any],
+    arm: dict[str, Any],
+    prompts: dict[str, str],
+    on_served: dict[str, float],
+) -> dict[str, Any]:
     requests = [
         row
         for row in result["requests"]
@@ -42,6 +55,7 @@ def _row(result: dict[str, Any], cell: dict[str, Any], arm: dict[str, Any], prom
         "acceptance_length": acceptance.get("acceptance_length"),
         "ci95": _interval(requests),
         "trained_acceptance_length": None,
+        "trained_on_served_answers": on_served.get(arm["name"]),
         "speedup_median": compared.get("speedup_median"),
         "speedup_ci95": compared.get("speedup_ci95"),
         "tpot_sec_p50": figures["tpot_sec"]["p50"],
@@ -81,16 +95,36 @@ def _acceptance_length(pairs: list[tuple[int, int]]) -> float:
     return 1 + sum(accepted for _, accepted in pairs) / sum(drafts for drafts, _ in pairs)
 
 
+def measured_on_served(result: dict[str, Any], answers: list[Answer]) -> dict[str, float]:
+    """By arm with a head: the acceptance length that training's walk finds on the arm's own answers."""
+    found = {}
+    for arm in result["arms"]:
+        if "head" in arm["options"]:
+            own = [(each.prompt_token_ids, each.token_ids) for each in answers if each.arm == arm["name"]]
+            found[arm["name"]] = acceptance_on(RunConfig(), Path(arm["options"]["head"]), own).acceptance_length or 0.0
+    return found
+
+
 if __name__ == "__main__":
     run_dir, prompt_file = map(Path, sys.argv[1:])
     lines = prompt_file.read_text().splitlines()
     texts = {f"{prompt_file.stem}-{number}": json.loads(line)["prompt"] for number, line in enumerate(lines)}
-    found = verdict(json.loads((run_dir / "result.json").read_text()), texts)
+    measured = json.loads((run_dir / "result.json").read_text())
+    found = verdict(measured, texts, measured_on_served(measured, read_answers(run_dir / NAME)))
     write_json_atomic(OUT, found)
     print(
         json.dumps(
             [
-                {key: arm[key] for key in ("name", "acceptance_length", "step_cost_sec", "speedup_median")}
+                {
+                    key: arm[key]
+                    for key in (
+                        "name",
+                        "acceptance_length",
+                        "trained_on_served_answers",
+                        "step_cost_sec",
+                        "speedup_median",
+                    )
+                }
                 for arm in found["arms"]
             ]
         )

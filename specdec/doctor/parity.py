@@ -1,72 +1,51 @@
-"""Does the served head accept what training said it would? The one check that needs a server."""
+"""Does the served head accept what training's own walk does? The one check that needs a server."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from specdec.config import RunConfig
 from specdec.doctor.findings import Finding
+from specdec.manifest import HeadManifest
+from specdec.metrics import AcceptanceCounts
 
 MAX_DIFFERENCE = 0.03  # of the served acceptance length
-CARD_NAME = "card.json"  # of the rows, beside their prompts
+DEFAULT_SUITE = "reasoning-gym"
+
+# Of a head, on answers as token ids of (prompt, answer).
+Measure = Callable[[RunConfig, Path, list[tuple[list[int], list[int]]]], AcceptanceCounts]
 
 
-def check_parity(config: RunConfig, head_dir: Path, prompts: Path | None) -> list[Finding]:
-    """Serve the head on vLLM, decode its held-out prompts as their rows were decoded, and compare acceptance lengths.
-
-    Sampled answers differ from run to run: there, chance is allowed for on top (two standard errors, at the most that a
-    draft's count can vary).
+def check_parity(config: RunConfig, head_dir: Path, prompts: Path | None, measure: Measure) -> list[Finding]:
+    """Serve the head on vLLM, greedily, and ``measure`` it on the very answers that come back.
 
     Raises:
-        ValueError: no prompts, none that training measured, or rows whose text is not the target's own; or the head
-            can't be served.
+        ValueError: a head that ``specdec train`` did not make, or one that can't be served.
     """
+    from specdec.evaluation.answers import NAME, read_answers
+    from specdec.evaluation.arm_specs import SPEC
     from specdec.evaluation.run import evaluate
 
-    if prompts is None:
-        raise ValueError("--parity needs the prompts that training held out: --prompts ROWS/val_prompts.jsonl")
-    temperature, max_new_tokens = _decoding(prompts)
-    settings = dataclasses.replace(
-        config.eval, suites=[str(prompts)], arms=[], repeats=1, greedy=not temperature, sampled=bool(temperature),
-        temperature=[temperature] if temperature else [], max_new_tokens=max_new_tokens, distribution_samples=0,
+    if "config" not in HeadManifest.load(head_dir).provenance:
+        raise ValueError(f"--parity compares with training; {head_dir} was not made by `specdec train`: leave it out")
+    asked = dataclasses.replace(
+        config.eval, suites=[str(prompts) if prompts else DEFAULT_SUITE], arms=[], repeats=1, greedy=True,
+        sampled=False, distribution_samples=0, prompt_excerpts=True,
     )  # fmt: skip
+    at_trained_k = dataclasses.replace(config.serve, num_speculative_tokens=None)
     with tempfile.TemporaryDirectory(prefix="specdec-parity-") as folder:
-        result = evaluate(dataclasses.replace(config, eval=settings), head_dir, Path(folder))
-    served, trained = (result["summary"][name] for name in ("acceptance_length", "trained_acceptance_length"))
+        result = evaluate(dataclasses.replace(config, eval=asked, serve=at_trained_k), head_dir, Path(folder))
+        answers = [each for each in read_answers(Path(folder) / NAME) if each.arm == SPEC and each.token_ids]
+    served = result["summary"]["acceptance_length"]
+    trained = measure(config, head_dir, [(each.prompt_token_ids, each.token_ids) for each in answers]).acceptance_length
     if served is None or trained is None:
         raise ValueError(f"nothing to compare: {'; '.join(result['notes']) or 'the server drafted nothing'}")
-    drafts = result["cells"][0]["arms"]["spec"]["acceptance"]
-    chance = len(drafts["per_position_rates"]) / drafts["num_drafts"] ** 0.5 if temperature else 0.0
-    if abs(served - trained) <= MAX_DIFFERENCE * served + chance:
+    if abs(served - trained) <= MAX_DIFFERENCE * served:
         return []
-    what = f"served, the acceptance length is {served:.3f}; training measured {trained:.3f} on the same prompts"
+    what = f"served, the acceptance length is {served:.3f}; training's walk over the same answers gives {trained:.3f}"
     return [
         Finding(code="parity", what=what, fix="the server computes another head than training did: export it again")
     ]
-
-
-def _decoding(prompts: Path) -> tuple[float, int]:
-    """Temperature and number of tokens with which the rows of these prompts were made.
-
-    Raises:
-        ValueError: that is not known, or another model made them.
-    """
-    path = prompts.parent / CARD_NAME
-    try:
-        card = json.loads(path.read_text())
-        temperature, max_new_tokens = card["settings"]["temperature"], card["settings"]["max_new_tokens"]
-        is_own = card["on_policy"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--parity reads from {path} how the rows were decoded, and can't ({error}): give the val_prompts.jsonl in "
-            "the folder that `specdec prepare` wrote"
-        ) from error
-    if not is_own:
-        raise ValueError(
-            "--parity compares what the target itself writes, and these rows are another model's text: make some with "
-            "`specdec prepare --set traces.regenerate=true` and train on them"
-        )
-    return float(temperature), int(max_new_tokens)

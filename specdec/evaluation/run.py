@@ -15,7 +15,7 @@ from rich.table import Table
 
 from specdec.config import EvalConfig, RunConfig, to_dict
 from specdec.device import detect_device
-from specdec.evaluation import words
+from specdec.evaluation import answers, words
 from specdec.evaluation.acceptance import trained_acceptance
 from specdec.evaluation.arm_specs import ArmSpec, default_specs, parse_specs
 from specdec.evaluation.arms import Arm, open_arms
@@ -49,7 +49,8 @@ RECORDED_SETTINGS = (
 
 
 def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[str, Any]:
-    """Measure ``config.eval.arms`` on ``config.eval.suites``; write ``result.json``, ``report.html``, ``summary.md``.
+    """Measure ``config.eval.arms`` on ``config.eval.suites``; write ``result.json``, ``report.html``, ``summary.md``,
+    and the answers unless ``config.eval.prompt_excerpts`` is off.
 
     Without arms: plain decode against the head in ``head_dir``. Ctrl-C ends the measurement early; what was measured
     is written, with ``interrupted`` set, and the same command goes on from there.
@@ -81,6 +82,8 @@ def evaluate(config: RunConfig, head_dir: Path | None, out_dir: Path) -> dict[st
     prices = Prices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Prices)})
     bound_sec = _plain_step_bound_sec(config, arms)
     result = build_result(measurement, arms, suites, losslessness, trained, prices, facts, bound_sec)
+    if settings.prompt_excerpts:
+        answers.write_answers(answers.answers_of(measurement), out_dir / answers.NAME)
     write_json_atomic(out_dir / "result.json", result)
     if not measurement.interrupted:
         journal.remove()  # not before: grading can take long, and a run that dies in it must not be measured again

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from draft_training.exported import acceptance_on, open_head
 from draft_training.features import FeatureStore, anchor_positions
 from draft_training.heads import list_heads, load_head
 from draft_training.padding import padded_length
@@ -17,8 +19,7 @@ from draft_training.recompute import recompute_activations
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
 from draft_training.target_model import TargetModel
-from draft_training.warm_start import drafted_tokens, load_weights
-from specdec.config import TargetConfig
+from specdec.config import HeadConfig, RunConfig, TargetConfig
 from specdec.device import Device
 from specdec.doctor import diagnose
 from specdec.manifest import HeadManifest
@@ -257,16 +258,23 @@ def test_export_holds_the_weights_and_the_doctor_finds_nothing(spec, target, tar
 
 
 @pytest.mark.parametrize("draft_vocab_size", [100, None])
-def test_an_exported_head_that_is_read_again_drafts_the_same(spec, target, rows, tmp_path, draft_vocab_size):
-    head = build(spec, target, draft_vocab_size)
+def test_an_exported_head_that_is_opened_again_accepts_the_same(
+    spec, target, target_files, rows, tmp_path, draft_vocab_size
+):
+    head = build(spec, target, draft_vocab_size, perturb=0.02)
     head.export(tmp_path, torch.float32)
-    assert drafted_tokens(tmp_path, target.config.vocab_size) == head.draft_token_ids.tolist()
-    other = build(spec, target, draft_vocab_size, seed=2)
-    batch = make_store(head, target, rows).batch([0, 1, 2])
-    drafts = head.draft_along(batch)
-    assert not torch.equal(other.draft_along(batch), drafts)
-    load_weights(other, tmp_path)
-    assert torch.equal(other.draft_along(batch), drafts)
+    config = HeadConfig(name=spec.name, num_speculative_tokens=K, options=asdict(spec.options_cls()))
+    manifest_for(spec, head, target_files, config={"head": asdict(config)}).save(tmp_path)
+    opened = open_head(tmp_path, target)
+    assert opened.draft_token_ids.tolist() == head.draft_token_ids.tolist()
+    store = make_store(head, target, rows)
+    drafts = head.draft_along(store.batch([0, 1, 2]))
+    assert torch.equal(opened.draft_along(store.batch([0, 1, 2])), drafts)
+    run = RunConfig(target=TargetConfig(name=str(target_files.path), dtype="float32"))
+    answers = [(row.input_ids[: row.prompt_span[1]], row.input_ids[row.prompt_span[1] :]) for row in rows]
+    assert acceptance_on(run, tmp_path, answers) == held_out_acceptance(head, store, True, 256).total
+    with pytest.raises(ValueError, match="nothing to measure the head on"):
+        acceptance_on(run, tmp_path, [])
 
 
 def test_features_hold_what_the_head_taps_and_no_more(spec, target, rows):
@@ -277,7 +285,7 @@ def test_features_hold_what_the_head_taps_and_no_more(spec, target, rows):
     assert store.num_bytes == width * sum(len(row.input_ids) for row in rows)
 
 
-def manifest_for(spec, head, target_files) -> HeadManifest:
+def manifest_for(spec, head, target_files, **provenance) -> HeadManifest:
     return HeadManifest(
         head=spec.name,
         vllm_method=spec.vllm_method,
@@ -286,4 +294,5 @@ def manifest_for(spec, head, target_files) -> HeadManifest:
         target_name=target_files.name,
         target=target_files.fingerprint(),
         draft_vocab_size=head.draft_vocab_size,
+        provenance=provenance,
     )

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from draft_training.exported import acceptance_on
+from specdec.config import RunConfig, TargetConfig
+from specdec.evaluation.answers import read_answers
+from specdec.metrics import AcceptanceCounts
 from tests.tiny import save_tiny_target
 
 pytestmark = pytest.mark.vllm
@@ -72,3 +76,17 @@ def test_from_prompts_to_a_measured_acceptance_that_equals_training_s(tmp_path: 
     assert 0.5 < greedy["plain"]["tokens_per_step"] <= 1.01 < greedy["spec"]["tokens_per_step"]
     assert not any(row["lossy"] for row in result["losslessness"]["distribution"])
     assert {row["arm"] for row in result["losslessness"]["distribution"]} == {"spec", "lookup"}
+
+    # On the very answers that were served, sampled ones too, training's walk accepts what the server did.
+    run = RunConfig(target=TargetConfig(name=str(target)))
+    for cell in result["cells"]:
+        served = AcceptanceCounts()
+        pairs = []
+        for answer in read_answers(out / "answers.jsonl"):
+            if (answer.arm, answer.cell) == ("spec", cell["name"]):
+                pairs.append((answer.prompt_token_ids, answer.token_ids))
+                for num_accepted in answer.accepted_per_step:
+                    served.record(3, num_accepted)
+        assert served.num_drafts > 20
+        walked = acceptance_on(run, head, pairs).acceptance_length
+        assert walked == pytest.approx(served.acceptance_length, rel=0.03), cell["name"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import array
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +17,10 @@ from specdec.config import RunConfig
 from specdec.doctor import diagnose, find_head, kind_of
 from specdec.doctor.files import HeadFiles
 from specdec.doctor.parity import check_parity
+from specdec.evaluation.answers import answers_of, write_answers
+from specdec.evaluation.records import BlockRun, Measurement, Record, RequestResult
+from specdec.manifest import HeadManifest, TargetFingerprint
+from specdec.metrics import AcceptanceCounts
 from specdec.safetensors_header import ITEM_BYTES
 from specdec.targets import Target
 
@@ -284,40 +290,58 @@ def test_a_config_that_holds_nonsense_is_one_line(tmp_path, key):
         assert "can't be judged" in str(error)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "served", "is_found"),
-    [(0.0, 2.04, False), (0.0, 2.1, True), (0.6, 2.1, False), (0.6, 3.0, True)],
-)
-def test_parity_compares_on_the_rows_own_terms(tmp_path, monkeypatch, temperature, served, is_found):
-    card = {"on_policy": True, "settings": {"temperature": temperature, "max_new_tokens": 96}}
-    (tmp_path / "card.json").write_text(json.dumps(card))
+@pytest.mark.parametrize(("served", "is_found"), [(2.04, False), (2.1, True), (1.9, True)])
+def test_parity_measures_the_head_on_the_very_answers_that_were_served(tmp_path, monkeypatch, served, is_found):
+    head = own_head(tmp_path / "head")
     asked = []
 
-    def evaluate(config, head, out):
-        asked.append(config.eval)
-        drafts = {"num_drafts": 900, "per_position_rates": [0.5, 0.3, 0.2]}
-        summary = {"acceptance_length": served, "trained_acceptance_length": 2.0}
-        return {"summary": summary, "cells": [{"arms": {"spec": {"acceptance": drafts}}}], "notes": []}
+    def evaluate(config, head_dir, out):
+        asked.append(config)
+        record = Record(arm="spec", cell="greedy", suite="s", item_id="0")
+        record.result = RequestResult(prompt_token_ids=[1, 2], token_ids=[3, 4, 5])
+        plain, failed = replace(record, arm="plain"), replace(record, result=RequestResult(error="timeout"))
+        run = BlockRun(
+            arm="x", cell="greedy", suite="s", repeat=0, block=0, busy_sec=1.0, records=[plain, record, failed]
+        )
+        measured = Measurement(cells=[], baseline="plain", arms=["plain", "spec"], runs=[run])
+        write_answers(answers_of(measured), out / "answers.jsonl")
+        return {"summary": {"acceptance_length": served}, "notes": []}
+
+    def measure(config, head_dir, answers):
+        assert (head_dir, answers) == (head, [([1, 2], [3, 4, 5])])
+        return AcceptanceCounts(num_drafts=10, num_draft_tokens=30, num_accepted_tokens=10)
 
     monkeypatch.setattr("specdec.evaluation.run.evaluate", evaluate)
-    findings = check_parity(RunConfig(), tmp_path / "head", tmp_path / "val_prompts.jsonl")
+    config = RunConfig()
+    config.serve.num_speculative_tokens = 1
+    findings = check_parity(config, head, None, measure)
     assert [finding.code for finding in findings] == ["parity"] * is_found
-    (settings,) = asked
-    assert settings.max_new_tokens == 96 and (settings.greedy, settings.sampled) == (not temperature, temperature > 0)
-    assert settings.temperature == ([temperature] if temperature else [])
+    assert asked[0].eval.suites == ["reasoning-gym"] and asked[0].serve.num_speculative_tokens is None
+    assert asked[0].eval.greedy and not asked[0].eval.sampled
+    check_parity(config, head, tmp_path / "mine.jsonl", measure)
+    assert asked[1].eval.suites == [str(tmp_path / "mine.jsonl")]
 
 
-@pytest.mark.parametrize(
-    ("card", "says"),
-    [
-        ("{", "val_prompts.jsonl"),
-        ('{"on_policy": false, "settings": {"temperature": 0, "max_new_tokens": 4}}', "another model's text"),
-    ],
-)
-def test_parity_refuses_rows_that_it_cannot_compare(tmp_path, card, says):
-    (tmp_path / "card.json").write_text(card)
-    with pytest.raises(ValueError, match=says):
-        check_parity(RunConfig(), tmp_path / "head", tmp_path / "val_prompts.jsonl")
+def test_parity_of_a_head_that_training_did_not_make_is_refused_before_it_is_served(tmp_path):
+    head = own_head(tmp_path / "head", trained_by="somebody")
+    with pytest.raises(ValueError, match="was not made by `specdec train`"):
+        check_parity(RunConfig(), head, None, lambda *_: AcceptanceCounts())
+
+
+def own_head(directory: Path, **provenance: Any) -> Path:
+    HeadManifest(
+        head="eagle3",
+        vllm_method="eagle3",
+        num_speculative_tokens=3,
+        target_name="t",
+        target=TargetFingerprint(
+            architecture="LlamaForCausalLM", hidden_size=H, num_hidden_layers=12, vocab_size=V, weights_sha256="0",
+            chat_template_sha256="0",
+        ),
+        draft_vocab_size=1,
+        provenance=provenance or {"config": {}},
+    ).save(write(directory, *eagle3()))  # fmt: skip
+    return directory
 
 
 def test_the_command_s_exit_codes(tmp_path, monkeypatch):
@@ -334,5 +358,5 @@ def test_the_command_s_exit_codes(tmp_path, monkeypatch):
     assert done.exit_code == 1 and [finding["code"] for finding in report["findings"]] == ["norm-before-residual"]
     with pytest.raises(ValueError, match="does not exist"):
         runner.invoke(cli.app, ["doctor", str(tmp_path / "nowhere")], catch_exceptions=False)
-    with pytest.raises(ValueError, match="--prompts ROWS"):
+    with pytest.raises(ValueError, match="not a head exported by `specdec train`"):
         runner.invoke(cli.app, ["doctor", str(clean), "--parity"], catch_exceptions=False)

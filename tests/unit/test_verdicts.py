@@ -119,8 +119,10 @@ def test_a_heads_step_is_laid_beside_a_plain_one():
             "losslessness": {"greedy": []}, "notes": [], "provenance": {}, "requests": [],
         },
         {},
+        {"lookup": 1.5},
     )  # fmt: skip
     plain, lookup = found["arms"]
+    assert (plain["trained_on_served_answers"], lookup["trained_on_served_answers"]) == (None, 1.5)
     assert plain["step_cost_sec"] is None and lookup["step_cost_sec"] == pytest.approx(0.006)
 
 
