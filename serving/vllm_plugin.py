@@ -28,11 +28,16 @@ generator has no offset: the exception ends the engine.
 
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
+
+**Compiling without garbage.** Loading a head leaves oneDNN handlers behind in reference cycles. Their destructor calls
+``item()``; where a collection happens to run it in the middle of a trace, whose tensors have no values, vLLM 0.32's
+worker recurses in the error's own message until Python aborts.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -73,7 +78,7 @@ def register() -> None:
     if in_worker:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        CPUModelRunner.warming_up_model = unpinned(CPUModelRunner.warming_up_model)
+        CPUModelRunner.warming_up_model = without_garbage(unpinned(CPUModelRunner.warming_up_model))
         CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
         _patch_top_p()
         _patch_verification()
@@ -183,6 +188,17 @@ def unpinned(compile_model: Any) -> Any:
             os.sched_setaffinity(0, cores)
 
     return on_any_core
+
+
+def without_garbage(compile_model: Any) -> Any:
+    """``compile_model`` after a garbage collection."""
+
+    @functools.wraps(compile_model)
+    def collected(runner: Any) -> None:
+        gc.collect()
+        compile_model(runner)
+
+    return collected
 
 
 def with_restarted_generators(bookkeeping: Any) -> Any:

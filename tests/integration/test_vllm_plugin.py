@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from serving.vllm_plugin import (
     unpinned,
     with_restarted_generators,
     with_token_map,
+    without_garbage,
 )
 from tests.unit.test_nucleus import by_sorting
 
@@ -60,6 +62,26 @@ def test_compiling_uses_any_core_and_the_pin_comes_back(monkeypatch):
     with pytest.raises(RuntimeError, match="compiler"):
         unpinned(compile_model)(SimpleNamespace())
     assert pinned == [{0}, {0, 1, 2}, {0}]
+
+
+def test_garbage_is_collected_before_the_compiler_traces():
+    released = []
+
+    class Handler:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            released.append("handler")
+
+    gc.disable()  # else it may be gone already
+    try:
+        Handler()
+        assert released == []
+        without_garbage(lambda runner: released.append(runner))("compiled")
+    finally:
+        gc.enable()
+    assert released == ["handler", "compiled"]
 
 
 def medusa_with_a_truncated_vocabulary():
