@@ -43,5 +43,9 @@ def differences(there: Any, here: dict[str, Any]) -> str:
         old, new = there.get(key), here.get(key)
         if old != new:
             comparable = key.startswith(("head.", "train."))
-            named.append(f"{key}: {json.dumps(old)} there, {json.dumps(new)} here" if comparable else key)
+            named.append(f"{key}: {_shown(old)} there, {_shown(new)} here" if comparable else key)
     return "; ".join(named)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else json.dumps(value)
