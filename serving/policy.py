@@ -47,11 +47,12 @@ class PolicySettings:
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
     probe_drafts: int = 12  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
-    probe_share: float = 0.01  # of the time, that probes which don't pay may cost
+    probe_share: float = 0.005  # of the time, that probes which don't pay may cost
     min_probe_steps: int = 128  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
     min_recheck_steps: int = 64  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 512  # and at most
+    recheck_share: float = 0.01  # of the time, that it may cost
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
@@ -87,6 +88,7 @@ class Policy:
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
         self._is_probe = False
+        self._num_probes = 0
         self._rechecked = self.max_draft_tokens
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
@@ -145,7 +147,7 @@ class Policy:
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
             why = "probing whether speculation pays again"
-            return self._try(batch, self.max_draft_tokens, why, self._steps_of_probe(batch), is_probe=True)
+            return self._try(batch, self._width_of_probe(batch), why, self._steps_of_probe(batch), is_probe=True)
         if self.chosen > 0:
             return self._recheck(batch)
         return self.chosen
@@ -153,14 +155,30 @@ class Policy:
     def _recheck(self, batch: int) -> int:
         """The served K, or another that it is time to time again."""
         stale = [k for k in range(self.max_draft_tokens + 1) if self.times.moved(batch, k) > self.settings.max_moved]
-        if self._steps_since_trial >= self._recheck_steps:
+        width = self._next_width(batch)
+        if self._steps_since_trial >= max(self._recheck_steps, self._affordable_recheck(batch, width)):
             self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
-            self._rechecked = self._next_width(batch)
+            self._rechecked = width
         elif stale and self._steps_since_trial >= self.settings.dwell_steps:
             self._rechecked = max(stale, key=lambda k: self.times.moved(batch, k))
         else:
             return self.chosen
         return self._try(batch, self._rechecked, f"timing K={self._rechecked} again")
+
+    def _width_of_probe(self, batch: int) -> int:
+        """The widest drafts, which tell most of acceptance, and in turn with them the K that looks best."""
+        self._num_probes += 1
+        if self._num_probes % 2:
+            return self.max_draft_tokens
+        goodputs = {k: self.goodput(batch, k) or 0.0 for k in range(1, self.max_draft_tokens + 1)}
+        return max(goodputs, key=lambda k: goodputs[k])
+
+    def _affordable_recheck(self, batch: int, width: int) -> int:
+        """Steps of which a trial of this K costs ``recheck_share``, by what is known of it; at most the longest."""
+        now, then = self.goodput(batch, self.chosen), self.goodput(batch, width)
+        lost = 1 - then / now if now and then else 0.0  # of a step
+        steps = math.ceil(self.settings.trial_steps * max(0.0, lost) / self.settings.recheck_share)
+        return min(steps, self.settings.max_recheck_steps)
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
         """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""

@@ -8,11 +8,16 @@ plain decode.
 **Sampled.** A rejected draft token is replaced by the largest of p / q with q exponential noise, one draw for each
 token of the vocabulary. torch draws it on one core, slower than -log(u) with u uniform, which is distributed alike.
 Requests with a seed keep torch's draws, so that a seed gives what it gave.
+
+**Nothing.** In a server with a head vLLM 0.32 prepares and verifies drafts in every step, also where no request has
+one: at K = 0 the logits of all requests are copied to be sampled. Such a step is sampled as plain decode samples, and
+what the head reads next are the sampled tokens themselves.
 """
 
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -103,3 +108,42 @@ def with_quick_noise(sample_recovered_tokens: Any) -> Any:
         return recovered
 
     return sample
+
+
+def with_nothing_to_verify(calc_metadata: Any) -> Any:
+    """The runner's ``_calc_spec_decode_metadata``; without a draft only which logits count, the last of each."""
+
+    @functools.wraps(calc_metadata)
+    def calc(runner: Any, num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> Any:
+        if num_draft_tokens.any():
+            return calc_metadata(runner, num_draft_tokens, cu_num_scheduled_tokens)
+        import torch
+
+        return SimpleNamespace(logits_indices=torch.from_numpy(cu_num_scheduled_tokens - 1))
+
+    return calc
+
+
+def as_plain_step(prepare_inputs: Any) -> Any:
+    """The runner's ``_prepare_inputs``, which gives no metadata of drafts where no request has more than one token."""
+
+    @functools.wraps(prepare_inputs)
+    def prepare(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        logits_indices, metadata, max_sampled = prepare_inputs(runner, *args, **kwargs)
+        return logits_indices, metadata if max_sampled > 1 else None, max_sampled
+
+    return prepare
+
+
+def with_one_token_each(prepare_next_token_ids: Any) -> Any:
+    """The proposer's ``prepare_next_token_ids_padded``; where each request was given one token, it is the next one."""
+
+    @functools.wraps(prepare_next_token_ids)
+    def prepare(drafter: Any, sampled_token_ids: Any, requests: Any, input_batch: Any, is_discarded: Any) -> Any:
+        count, width = sampled_token_ids.shape
+        if width > 1 or is_discarded[:count].any():
+            return prepare_next_token_ids(drafter, sampled_token_ids, requests, input_batch, is_discarded)
+        next_ids = sampled_token_ids[:, 0].int()
+        return next_ids, next_ids.new_ones(count)
+
+    return prepare

@@ -22,7 +22,7 @@ generator has no offset: the exception ends the engine.
 
 **Top-p without sorting the vocabulary** (``serving/nucleus.py``), in servers and offline engines.
 
-**Verification without copies and with quicker noise** (``serving/verification.py``).
+**Verification without copies, with quicker noise, and only of drafts** (``serving/verification.py``).
 
 **Synthetic acceptance** (``serving/synthetic.py``), which vLLM has kernels for on a GPU alone.
 
@@ -48,7 +48,13 @@ from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.nucleus import without_sort
 from serving.synthetic import with_synthetic
-from serving.verification import by_one_argmax, with_quick_noise
+from serving.verification import (
+    as_plain_step,
+    by_one_argmax,
+    with_nothing_to_verify,
+    with_one_token_each,
+    with_quick_noise,
+)
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -134,10 +140,16 @@ def _patch_rejection(kernels: Any) -> None:
 def _patch_verification() -> None:
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if not hasattr(RejectionSampler.forward, "__wrapped__"):  # else: loaded before
         RejectionSampler.forward = by_one_argmax(RejectionSampler.forward)
         rejection_sampler.sample_recovered_tokens = with_quick_noise(rejection_sampler.sample_recovered_tokens)
+        GPUModelRunner._calc_spec_decode_metadata = with_nothing_to_verify(GPUModelRunner._calc_spec_decode_metadata)
+        GPUModelRunner._prepare_inputs = as_plain_step(GPUModelRunner._prepare_inputs)
+        prepare = SpecDecodeBaseProposer.prepare_next_token_ids_padded
+        SpecDecodeBaseProposer.prepare_next_token_ids_padded = with_one_token_each(prepare)
 
 
 def any_width(propose: Any) -> Any:

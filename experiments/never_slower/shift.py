@@ -1,24 +1,29 @@
 """A load that changes: prompts like the head's training, then of another kind, then like training again.
 
-Three servers take the same prompts in turn: plain, vLLM's own table of K by batch size (the K that was best in
-``steady.py``), and the policy, whose status is written down twice a second.
+Three servers take the same prompts in slices of time: plain, vLLM's own table of K by batch size (the K that was best
+in ``steady.py``), and the policy, whose status is written down as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import shutil
+import os
 import threading
-import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from experiments.never_slower.steady import FIRST_PORT, WORK, evaluate, finished, servers
+from experiments.never_slower.slices import DEV_MODE, Request, SlicedArm, measure
+from experiments.never_slower.steady import ADAPTATION_SEC, SHIFT, WORK, requests_of, servers
 from experiments.never_slower.verdict import best_table
 from specdec.evaluation.arm_specs import ArmSpec
-from specdec.evaluation.arms import open_arms
+from specdec.evaluation.arms import Arm, open_arms
 from specdec.evaluation.suites import load_suite
+from specdec.progress import progress_bar
+from specdec.record import provenance, write_json_atomic
 
 CONCURRENCY = 4  # where a draft must gain two thirds of a token to pay
 NUM_PROMPTS = 48  # of each phase
@@ -33,20 +38,15 @@ FOREIGN = (
 )  # fmt: skip
 
 
-def phases() -> dict[str, Path]:
-    """Prompt files: before, changed, and after, which is before again (no request reuses another's cached prefix)."""
+def phases() -> dict[str, list[str]]:
+    """Prompts before, changed, and after, which is before again (no request reuses another's cached prefix)."""
     home = [item.turns[0] for item in load_suite("reasoning-gym", NUM_PROMPTS, seed=11).items]
     foreign = [text.format(topic) for text in FOREIGN for topic in TOPICS]
-    prompts = {"before": home, "changed": foreign[:NUM_PROMPTS], "after": home}
-    paths = {}
-    for name, texts in prompts.items():
-        paths[name] = WORK / f"{name}.jsonl"
-        paths[name].write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return paths
+    return {"before": home, "changed": foreign[:NUM_PROMPTS], "after": home}
 
 
 class Watch(threading.Thread):
-    """Writes a line of JSON with the server's status twice a second."""
+    """Writes a line of JSON with the server's status each time that it has decoded since the last one."""
 
     def __init__(self, url: str, path: Path) -> None:
         super().__init__(daemon=True)
@@ -55,48 +55,56 @@ class Watch(threading.Thread):
     def run(self) -> None:
         keys = ("mode", "num_speculative_tokens", "acceptance_length", "goodput_tok_per_sec", "plain_tok_per_sec",
                 "fallback_share", "alarm", "conditional_rates")  # fmt: skip
+        last_sec = -1.0
         with self.path.open("w") as lines:
-            while not self.done.wait(0.5):
+            while not self.done.wait(0.25):
                 try:
                     with urllib.request.urlopen(f"{self.url}/specdec/status", timeout=10) as page:
                         status = json.load(page)
                 except OSError:  # a moment without an answer leaves a gap, not the rest of the line out
                     continue
-                row = {"at_sec": time.time(), "phase": self.phase, **{key: status[key] for key in keys}}
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
+                at_sec = status["totals"]["decode_sec"]
+                if at_sec > last_sec:
+                    row = {"at_sec": at_sec, "phase": self.phase, **{key: status[key] for key in keys}}
+                    lines.write(json.dumps(row) + "\n")
+                    lines.flush()
+                    last_sec = at_sec
+
+
+async def run_phases(started: dict[str, Arm]) -> dict[str, Any]:
+    """What each arm did in each phase; the policy keeps what it learned."""
+    watch = Watch(started["auto"].url, WORK / "timeline.jsonl")
+    watch.start()
+    arms = [SlicedArm(arm) for arm in started.values()]
+    found: dict[str, Any] = {}
+    try:
+        for phase, prompts in phases().items():
+            watch.phase = phase
+            requests = [Request(prompt, TOKENS) for prompt in prompts]
+            warm_up = requests_of(24, 1, TOKENS, seed=1) if phase == "before" else []
+            with progress_bar(f"shift, {phase}", len(arms) * len(requests) * TOKENS) as advance:
+                work = await measure(arms, requests, warm_up, CONCURRENCY, 0.0, ADAPTATION_SEC, advance)
+            found[phase] = {name: asdict(each) for name, each in work.items()}
+    finally:
+        watch.done.set()
+        watch.join()
+        for sliced in arms:
+            await sliced.close()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
     head = parser.parse_args().head
-    outs = {phase: WORK / f"shift-{phase}" for phase in phases()}
-    if all(finished(out) for out in outs.values()):
+    if SHIFT.is_file():
         return
-    for out in outs.values():  # a policy carries over what it learned: phases count together only
-        shutil.rmtree(out, ignore_errors=True)
+    os.environ[DEV_MODE] = "1"
     specs, config = servers(head, WORK / "random_head", num_seqs=8)
-    table = {"head": str(head), "table": best_table(8), "serve.port": str(FIRST_PORT + 9)}
-    specs = [spec for spec in specs if spec.name in ("plain", "auto")] + [ArmSpec(name="table", options=table)]
+    specs = [spec for spec in specs if spec.name in ("plain", "auto")]
+    specs.append(ArmSpec(name="table", options={"head": str(head), "table": best_table(8)}))
     with open_arms(specs, config, WORK / "shift-servers") as started:
-        watch = Watch(started["auto"].url, WORK / "timeline.jsonl")
-        watch.start()
-        for phase, path in phases().items():
-            watch.phase = phase
-            evaluate(
-                outs[phase],
-                [f"{name}={started[name].url}" for name in ("plain", "auto", "table")],
-                f"eval.suites=[{path}]",
-                f"eval.concurrency=[{CONCURRENCY}]",
-                f"eval.num_prompts={NUM_PROMPTS}",
-                f"eval.max_new_tokens={TOKENS}",
-                "eval.repeats=1",
-                "eval.sampled=false",
-                "eval.distribution_samples=0",
-            )
-        watch.done.set()
-        watch.join()
+        write_json_atomic(SHIFT, {"phases": asyncio.run(run_phases(started)), "provenance": provenance()})
 
 
 if __name__ == "__main__":

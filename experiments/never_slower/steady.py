@@ -1,49 +1,51 @@
-"""Constant load: plain, every fixed K, the policy, and the policy with a head of random weights, interleaved.
+"""Constant load: plain, every fixed K, the policy, and the policy with a head of random weights, in slices of time.
 
-The fixed K are one server whose requests carry their K; the policy's servers see none of these requests. Plain is
-measured twice, to see what the ratio of two equal arms is.
+Each arm is a server of its own that answers the same requests (``slices.py``). Before each load every arm runs for five
+seconds that do not count: so long a policy may take to adapt.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
+import random
 import shutil
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.never_slower.slices import DEV_MODE, Request, SlicedArm, measure
 from specdec.config import RunConfig
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import Arm, open_arms
+from specdec.evaluation.suites import load_suite
 from specdec.manifest import HeadManifest
+from specdec.progress import progress_bar
+from specdec.record import provenance, write_json_atomic
 
 WORK = Path("runs/never_slower")
-# Few requests where they come one by one, several rounds where many run at once.
-LOADS = (("1,2,4", 10), ("8,16,32", 64))
+SHIFT = WORK / "shift.json"
+LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many on each pass
 TEMPERATURES = (0.0, 0.6)
-AGAIN = "plain_again"
-FIRST_PORT = 8720  # fixed, so that an interrupted run finds the same arms
+ADAPTATION_SEC = 5.0
 
 
 def servers(head: Path, random_head: Path, num_seqs: int) -> tuple[list[ArmSpec], RunConfig]:
-    """Plain, a server for the fixed K, and the policy on both heads."""
-    options = {
-        "plain": {},
-        "fixed": {"head": str(head), "serve.policy": f"fixed:{HeadManifest.load(head).num_speculative_tokens}"},
-        "auto": {"head": str(head), "serve.policy": "auto"},
-        "random": {"head": str(random_head), "serve.policy": "auto"},
-    }
-    specs = [
-        ArmSpec(name=name, options={**each, "serve.port": str(FIRST_PORT + i)})
-        for i, (name, each) in enumerate(options.items())
-    ]
+    """Plain, one for each fixed K, and the policy on both heads."""
+    options = {"plain": {}}
+    for name, path in (("auto", head), ("random", random_head)):
+        options[name] = {"head": str(path), "serve.policy": "auto"}
+    for width in range(1, HeadManifest.load(head).num_speculative_tokens + 1):
+        options[f"k{width}"] = {"head": str(head), "serve.policy": f"fixed:{width}"}
     config = RunConfig()
+    config.serve.health_timeout_sec = 3600  # a server that is frozen answers no health check
     config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, num_seqs, 1
-    return specs, config
+    return [ArmSpec(name=name, options=each) for name, each in options.items()], config
 
 
 def randomised(head: Path, directory: Path) -> Path:
@@ -60,57 +62,58 @@ def randomised(head: Path, directory: Path) -> Path:
     return directory
 
 
-def evaluate(out: Path, arms: list[str], *settings: str) -> None:
-    """One ``specdec eval`` over servers that run. It resumes by itself; one that is finished is not repeated."""
-    if finished(out):
-        return
-    command = [sys.executable, "-m", "specdec", "eval", "--out", str(out)]
-    for arm in arms:
-        command += ["--arm", arm]
-    for setting in settings:
-        command += ["--set", setting]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def requests_of(count: int, passes: int, max_tokens: int, seed: int) -> list[Request]:
+    """Tasks of the suite with answers of different lengths, so that prompts come one by one; ``max_tokens``: mean."""
+    draw = random.Random(seed)
+    items = load_suite("reasoning-gym", count, seed=seed).items
+    lengths = [draw.randint(max_tokens // 2, max_tokens + max_tokens // 2) for _ in items]
+    return passes * [Request(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
 
 
-def finished(out: Path) -> bool:
-    """Whether this measurement has its result."""
-    path = out / "result.json"
-    return path.is_file() and not json.loads(path.read_text())["interrupted"]
+def load_path(concurrency: int, temperature: float) -> Path:
+    """Where a load's measurement lies."""
+    return WORK / f"c{concurrency}-t{temperature}.json"
 
 
-def arms_of(started: dict[str, Arm], max_draft_tokens: int) -> list[str]:
-    fixed = [f"k{k}={started['fixed'].url},xargs.specdec={k}" for k in range(1, max_draft_tokens + 1)]
-    again = f"{AGAIN}={started['plain'].url}"
-    return [*(f"{name}={started[name].url}" for name in ("plain", "auto", "random")), again, *fixed]
+async def measure_load(
+    arms: dict[str, Arm], concurrency: int, temperature: float, passes: int, max_tokens: int
+) -> dict[str, Any]:
+    """What each arm did, with provenance."""
+    count = LOADS[concurrency]
+    requests = requests_of(count, passes, max_tokens, seed=0)
+    warm_up = requests_of(64, 1, max_tokens, seed=1)
+    sliced = [SlicedArm(arm) for arm in arms.values()]
+    most = len(sliced) * sum(request.max_tokens for request in requests)
+    with progress_bar(f"{concurrency} at a time, T = {temperature:g}", most) as advance:
+        try:
+            work = await measure(sliced, requests, warm_up, concurrency, temperature, ADAPTATION_SEC, advance)
+        finally:
+            for arm in sliced:
+                await arm.close()
+    return {
+        "concurrency": concurrency, "temperature": temperature, "num_requests": len(requests),
+        "work": {name: asdict(each) for name, each in work.items()}, "provenance": provenance(),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
-    specs, config = servers(options.head, randomised(options.head, WORK / "random_head"), num_seqs=32)
-    width = HeadManifest.load(options.head).num_speculative_tokens
+    loads = [(concurrency, temperature) for temperature in TEMPERATURES for concurrency in LOADS]
+    left = [load for load in loads if not load_path(*load).is_file()]
+    if not left:
+        return
+    os.environ[DEV_MODE] = "1"
+    specs, config = servers(options.head, randomised(options.head, WORK / "random_head"), num_seqs=max(LOADS))
     with open_arms(specs, config, WORK) as started:
-        arms = arms_of(started, width)
-        for concurrency, num_prompts in LOADS:
-            for temperature in TEMPERATURES:
-                modes = (
-                    ["eval.sampled=false", f"eval.repeats={options.repeats}"]
-                    if temperature == 0
-                    else ["eval.greedy=false", f"eval.temperature={temperature}"]
-                )
-                evaluate(
-                    WORK / f"c{concurrency.replace(',', '-')}-t{temperature}",
-                    arms,
-                    "eval.suites=[reasoning-gym]",
-                    f"eval.concurrency=[{concurrency}]",
-                    f"eval.num_prompts={num_prompts}",
-                    f"eval.max_new_tokens={options.tokens}",
-                    "eval.distribution_samples=0",
-                    *modes,
-                )
+        for i, load in enumerate(left):
+            print(json.dumps({"load": i + 1, "of": len(left)}), flush=True)
+            write_json_atomic(
+                load_path(*load), asyncio.run(measure_load(started, *load, options.passes, options.tokens))
+            )
 
 
 if __name__ == "__main__":

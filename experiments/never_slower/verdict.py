@@ -1,8 +1,10 @@
 """``result.json`` and ``timeline.png`` from what the other two wrote.
 
-A ratio is tokens a second over all turns of a load, with a bootstrap interval over the turns, in which all arms answer
-the same requests one after the other. Its best fixed arm is the fastest of four that are measured with errors, which
-flatters that arm: the ratio of the plain server to itself, measured as two arms, says how much a ratio can mean.
+A ratio is that of two arms' tokens a second over a whole load. For its interval the load is cut into parts in which all
+arms do the same share of the work, at nearly the same time, and parts are drawn with replacement. The best fixed arm is
+the fastest of four that are measured with errors, which flatters it: so beside it stands the same ratio where one half
+of the parts says which arm is best and the other half measures. And the plain server against itself, its slices in
+turn as if they were two arms', says how much a ratio can mean.
 """
 
 from __future__ import annotations
@@ -14,126 +16,144 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
-from experiments.never_slower.steady import AGAIN, TEMPERATURES, WORK
+from experiments.never_slower.steady import LOADS, SHIFT, TEMPERATURES, WORK, load_path
 from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
 
 OUT = Path(__file__).with_name("result.json")
+NUM_PARTS = 12
+FIXED = "k"  # how the names of the arms of a fixed K begin
 
 
-def cells() -> list[tuple[float, int, dict[str, Any]]]:
-    """Temperature, concurrency, and the arms of each load."""
-    found = []
-    for temperature in TEMPERATURES:
-        for path in sorted(WORK.glob(f"c*-t{temperature}/result.json")):
-            result = json.loads(path.read_text())
-            found += [(temperature, cell["concurrency"], cell["arms"]) for cell in result["cells"]]
-    return sorted(found, key=lambda cell: cell[:2])
+def loads() -> list[dict[str, Any]]:
+    """What was measured, by temperature and concurrency."""
+    paths = [load_path(concurrency, temperature) for temperature in TEMPERATURES for concurrency in LOADS]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def part_seconds(work: dict[str, Any]) -> list[float]:
+    """Seconds of each part of an arm's work."""
+    tokens = np.linspace(0, work["num_tokens"][-1], NUM_PARTS + 1)
+    return list(np.diff(np.interp(tokens, work["num_tokens"], work["seconds"])))
+
+
+def speed(load: dict[str, Any], name: str) -> float:
+    """Tokens a second."""
+    work = load["work"][name]
+    return float(work["num_tokens"][-1] / work["seconds"][-1])
+
+
+def ratio(load: dict[str, Any], arm: str, other: str, parts: Sequence[int] = range(NUM_PARTS)) -> list[float]:
+    """Tokens a second of ``arm`` over ``other``'s in these parts, and its 95 % interval."""
+    seconds = {name: part_seconds(load["work"][name]) for name in (arm, other)}
+    more = load["work"][arm]["num_tokens"][-1] / load["work"][other]["num_tokens"][-1]
+
+    def of(drawn: Sequence[float]) -> float:
+        return more * sum(seconds[other][int(i)] for i in drawn) / sum(seconds[arm][int(i)] for i in drawn)
+
+    return [of(parts), *(bootstrap_ci95(parts, of) or ())]
+
+
+def best_fixed(load: dict[str, Any], parts: Sequence[int] = range(NUM_PARTS)) -> str:
+    """The fastest of plain and every fixed K in these parts."""
+    names = [name for name in load["work"] if name == "plain" or name.startswith(FIXED)]
+    return max(names, key=lambda name: ratio_of_parts(load, name, parts))
+
+
+def ratio_of_parts(load: dict[str, Any], name: str, parts: Sequence[int]) -> float:
+    """Tokens a second in these parts."""
+    seconds = part_seconds(load["work"][name])
+    return float(load["work"][name]["num_tokens"][-1] / sum(seconds[i] for i in parts))
+
+
+def held_out(load: dict[str, Any], arm: str) -> float:
+    """``arm`` over the best fixed one, which the other half of the parts named."""
+    halves = [range(0, NUM_PARTS, 2), range(1, NUM_PARTS, 2)]
+    found = [ratio(load, arm, best_fixed(load, halves[1 - i]), half)[0] for i, half in enumerate(halves)]
+    return statistics.mean(found)
+
+
+def plain_again(load: dict[str, Any]) -> float:
+    """Speed of plain decode in every second slice over that in the others: 1, but for the machine."""
+    work = load["work"]["plain"]
+    tokens, seconds = np.diff(work["num_tokens"]), np.diff(work["seconds"])
+    return float((tokens[::2].sum() / seconds[::2].sum()) / (tokens[1::2].sum() / seconds[1::2].sum()))
 
 
 def best_table(max_num_seqs: int) -> str:
     """vLLM's table with the fixed K (0: plain) that was fastest at each greedy load."""
-    best = {}
-    for temperature, concurrency, arms in cells():
-        if temperature == 0:
-            speeds = {0: arms["plain"], **{int(name[1:]): arm for name, arm in arms.items() if name.startswith("k")}}
-            best[concurrency] = max(speeds, key=lambda k: speeds[k]["throughput_tok_per_sec"])
     rows, first = [], 1
-    for concurrency, width in sorted(best.items()):
-        if first <= min(concurrency, max_num_seqs):
-            rows.append(f"{first}-{min(concurrency, max_num_seqs)}:{width}")
+    for load in loads():
+        concurrency = load["concurrency"]
+        if load["temperature"] == 0 and first <= min(concurrency, max_num_seqs):
+            best = best_fixed(load)
+            rows.append(f"{first}-{min(concurrency, max_num_seqs)}:{0 if best == 'plain' else best[len(FIXED) :]}")
             first = concurrency + 1
     return "/".join(rows)
 
 
-def turns() -> dict[tuple[float, int], list[dict[str, tuple[int, float]]]]:
-    """By temperature and concurrency, each turn's output tokens and busy seconds by arm."""
-    found: dict[tuple[float, int], dict[tuple[int, int], dict[str, tuple[int, float]]]] = {}
-    for temperature in TEMPERATURES:
-        for path in WORK.glob(f"c*-t{temperature}/result.json"):
-            result = json.loads(path.read_text())
-            concurrency = {cell["name"]: cell["concurrency"] for cell in result["cells"]}
-            for run in result["blocks"]:
-                load = found.setdefault((temperature, concurrency[run["cell"]]), {})
-                turn = load.setdefault((run["repeat"], run["block"]), {})
-                turn[run["arm"]] = run["num_output_tokens"], run["busy_sec"]
-    return {load: list(each.values()) for load, each in found.items()}
-
-
-def ratio(load: list[dict[str, tuple[int, float]]], arm: str, other: str) -> list[float]:
-    """Tokens a second of ``arm`` over ``other``'s, and its 95 % interval over turns (none of fewer than three)."""
-
-    def of(drawn: Sequence[float]) -> float:
-        speeds = []
-        for name in (arm, other):
-            taken = [load[int(i)][name] for i in drawn]
-            speeds.append(sum(tokens for tokens, _ in taken) / sum(seconds for _, seconds in taken))
-        return speeds[0] / speeds[1]
-
-    every = range(len(load))
-    return [of(every), *(bootstrap_ci95(every, of) or ())]
+def point(load: dict[str, Any], name: str) -> dict[str, Any]:
+    """One arm at one load."""
+    work = load["work"][name]
+    before, after = (work[when]["totals"] for when in ("before", "after"))
+    done = {key: after[key] - before[key] for key in after if isinstance(after[key], (int, float)) and key in before}
+    drafts, decode_sec = done.get("num_drafts"), done.get("decode_sec")
+    return {
+        "arm": "auto" if name == "random" else name,
+        "head": {"plain": None, "random": "random"}.get(name, "trained"),
+        "concurrency": load["concurrency"], "temperature": load["temperature"], "tok_per_sec": speed(load, name),
+        "runs": len(work["seconds"]) - 1, "num_requests": load["num_requests"],
+        "acceptance_length": 1 + done["num_accepted_tokens"] / drafts if drafts else None,
+        "fallback_share": done["fallback_sec"] / decode_sec if decode_sec else None,
+    }  # fmt: skip
 
 
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Points, and the worst ratios of the policy."""
-    points, found, by_load = [], {"trained": {}, "random": {}, "plain_again": {}}, turns()
-    for temperature, concurrency, arms in cells():
-        speed = {name: arm["throughput_tok_per_sec"] for name, arm in arms.items()}
-        for name, arm in arms.items():
-            acceptance = arm["acceptance"] or {}  # none: it does not draft
-            points.append(
-                {
-                    "arm": "auto" if name == "random" else name,
-                    "head": {"plain": None, AGAIN: None, "random": "random"}.get(name, "trained"),
-                    "concurrency": concurrency, "temperature": temperature, "tok_per_sec": speed[name],
-                    "runs": arm["num_requests"], "acceptance_length": acceptance.get("acceptance_length"),
-                    "fallback_share": acceptance.get("fallback_share"),
-                }
-            )  # fmt: skip
-        best = max((name for name in speed if name == "plain" or name.startswith("k")), key=lambda name: speed[name])
-        label, load = f"c{concurrency} T{temperature:g}", by_load[temperature, concurrency]
-        for key, arm, other in (
-            ("trained", "auto", best),
-            ("random", "random", "plain"),
-            ("plain_again", AGAIN, "plain"),
-        ):
-            found[key][label] = {"against": other, "ratio": ratio(load, arm, other)}
+    """Points, and the policy's ratios."""
+    points, found = [], {key: {} for key in ("trained", "trained_held_out", "random", "plain_again")}
+    for load in loads():
+        points += [point(load, name) for name in load["work"]]
+        label, best = f"c{load['concurrency']} T{load['temperature']:g}", best_fixed(load)
+        found["trained"][label] = {"against": best, "ratio": ratio(load, "auto", best)}
+        found["trained_held_out"][label] = {"ratio": [held_out(load, "auto")]}
+        found["random"][label] = {"against": "plain", "ratio": ratio(load, "random", "plain")}
+        found["plain_again"][label] = {"ratio": [plain_again(load)]}
+    ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
     return points, {
-        **{f"worst_ratio_{key}": min((each["ratio"][0] for each in loads.values()), default=None)
-           for key, loads in found.items()},
-        **{f"median_ratio_{key}": statistics.median(each["ratio"][0] for each in loads.values())
-           for key, loads in found.items() if loads},
+        **{f"worst_ratio_{key}": min(values) for key, values in ratios.items()},
+        **{f"median_ratio_{key}": statistics.median(values) for key, values in ratios.items()},
         "ratios": found,
-    }  # fmt: skip
+    }
 
 
 def shift() -> dict[str, Any]:
     """Speed of the three servers in each phase, and the policy's acceptance before and after."""
-    speed: dict[str, dict[str, float]] = {}
-    lengths: dict[str, float | None] = {}
-    for phase in ("before", "changed", "after"):
-        path = WORK / f"shift-{phase}/result.json"
-        if not path.is_file():
-            return {}
-        result = json.loads(path.read_text())
-        arms = result["cells"][0]["arms"]
-        speed[phase] = {name: arm["throughput_tok_per_sec"] for name, arm in arms.items()}
-        lengths[phase] = full_length(arms["auto"]["acceptance"]["conditional_rates"])
+    if not SHIFT.is_file():
+        return {}
+    phases = {name: {"work": work} for name, work in json.loads(SHIFT.read_text())["phases"].items()}
+    against = {
+        other: {name: ratio(load, "auto", other) for name, load in phases.items()} for other in ("plain", "table")
+    }
+    lengths = {name: full_length(load["work"]["auto"]) for name, load in phases.items()}
     return {
-        "shift_tok_per_sec": speed,
+        "shift_tok_per_sec": {name: {arm: speed(load, arm) for arm in load["work"]} for name, load in phases.items()},
+        "shift_auto_against": against,
         "shift_tau_before": lengths["before"], "shift_tau_changed": lengths["changed"],
         "shift_tau_after_resume": lengths["after"],
     }  # fmt: skip
 
 
-def full_length(rates: list[float | None]) -> float | None:
+def full_length(work: dict[str, Any]) -> float | None:
     """τ of drafts of full width by the conditional rates: K changes, so plain averages do not compare."""
-    if not rates or None in rates:
-        return None
+    before, after = (work[when]["totals"] for when in ("before", "after"))
     length = reached = 1.0
-    for rate in rates:
-        reached *= rate or 0.0
+    for i, tries in enumerate(after["reached_per_position"]):
+        num_tries = tries - before["reached_per_position"][i]
+        if not num_tries:
+            return None
+        reached *= (after["accepted_per_position"][i] - before["accepted_per_position"][i]) / num_tries
         length += reached
     return length
 
@@ -152,7 +172,7 @@ def plot_timeline(path: Path) -> None:
     ):  # fmt: skip
         axes[2].plot(seconds, [row[key] or float("nan") for row in rows], color=color, label=label)
     axes[2].set_ylabel("tokens/s of decode")
-    axes[2].set_xlabel("seconds; the server idles while the other two have their turn")
+    axes[2].set_xlabel("seconds of decoding")
     axes[2].legend()
     for axis in axes:
         for previous, row, at in zip(rows, rows[1:], seconds[1:], strict=False):
@@ -165,7 +185,7 @@ def main() -> None:
     points, summary = steady()
     summary |= shift()
     overhead = json.loads((WORK / "overhead.json").read_text()) if (WORK / "overhead.json").is_file() else {}
-    provenance = json.loads(next(WORK.glob("c*-t0.0/result.json")).read_text())["provenance"]
+    provenance = loads()[0]["provenance"]
     write_json_atomic(OUT, {"points": points, "summary": {**summary, **overhead}, "provenance": provenance})
     if (WORK / "timeline.jsonl").is_file():
         plot_timeline(OUT.with_name("timeline.png"))

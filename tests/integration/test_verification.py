@@ -1,15 +1,22 @@
 """Verification by one argmax gives vLLM's own tokens, ties included, and leaves all else to vLLM; with quicker noise a
-sampled token follows the target's distribution, and a seed gives what it gave."""
+sampled token follows the target's distribution, and a seed gives what it gave. A step without drafts verifies none."""
 
 from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from serving.verification import by_one_argmax, with_quick_noise
+from serving.verification import (
+    as_plain_step,
+    by_one_argmax,
+    with_nothing_to_verify,
+    with_one_token_each,
+    with_quick_noise,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -168,3 +175,53 @@ def test_a_seeded_request_is_given_what_vllm_gives_it(sampler):
         for sample in (with_quick_noise(theirs), theirs)
     )
     assert torch.equal(ours, own)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [[0, 0, 0], [3, 0, 2], [0, 0, 1]])
+def test_only_a_step_with_drafts_is_prepared_to_verify_some(num_draft_tokens):
+    pytest.importorskip("vllm", reason="needs vLLM")
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    device = torch.device("cpu")
+    runner = SimpleNamespace(
+        _arange_scratch=np.arange(64),
+        arange_np=np.arange(64),
+        device=device,
+        input_ids=SimpleNamespace(gpu=torch.arange(100, 164)),
+    )
+    runner._get_cumsum_and_arange = GPUModelRunner._get_cumsum_and_arange.__get__(runner)
+    counts = np.array(num_draft_tokens, dtype=np.int32)
+    ends = np.cumsum(counts + np.array([1, 7, 1]), dtype=np.int32)  # the second one reads a part of a prompt
+    theirs = GPUModelRunner._calc_spec_decode_metadata(runner, counts, ends)
+    calc = with_nothing_to_verify(GPUModelRunner._calc_spec_decode_metadata)
+
+    def prepare_inputs(runner):
+        metadata = calc(runner, counts, ends)
+        return metadata.logits_indices, metadata, int(counts.max()) + 1
+
+    indices, metadata, max_sampled = as_plain_step(prepare_inputs)(runner)
+    assert indices.tolist() == theirs.logits_indices.tolist() and indices.dtype == theirs.logits_indices.dtype
+    assert (metadata is None) == (not any(num_draft_tokens)) and max_sampled == max(num_draft_tokens) + 1
+    if metadata is not None:
+        assert metadata.draft_token_ids.tolist() == theirs.draft_token_ids.tolist()
+
+
+@pytest.mark.parametrize("discarded", [None, 1])
+@pytest.mark.parametrize("sampled", [[[5], [6], [7]], [[5, -1], [6, 8], [7, -1]]])
+def test_what_the_head_reads_next_is_what_vllm_says(sampler, sampled, discarded):
+    """``sampler``: registers the CPU build's kernels. A discarded request's next token is of its prompt."""
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    backup = torch.zeros(8, dtype=torch.int32)
+    drafter = SimpleNamespace(
+        backup_next_token_ids=SimpleNamespace(np=backup.numpy(), gpu=backup, copy_to_gpu=lambda count: None)
+    )
+    requests = {name: SimpleNamespace(get_token_id=lambda at: 40 + at) for name in "abc"}
+    batch = SimpleNamespace(num_reqs=3, req_ids=list("abc"), num_tokens_no_spec=[1, 2, 3], vocab_size=100)
+    is_discarded = torch.zeros(8, dtype=torch.bool)
+    if discarded is not None:
+        is_discarded[discarded] = True
+    theirs = SpecDecodeBaseProposer.prepare_next_token_ids_padded
+    arguments = drafter, torch.tensor(sampled, dtype=torch.int32), requests, batch, is_discarded
+    for found, wanted in zip(with_one_token_each(theirs)(*arguments), theirs(*arguments), strict=True):
+        assert found.tolist() == wanted.tolist() and found.dtype == wanted.dtype
