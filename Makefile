@@ -15,6 +15,8 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCK := requirements-cpu.lock
+# The fast tests side by side, each module on one core; a server takes all of them, so its tests run alone.
+ON_EACH_CORE := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --no-deps
 
 # Stamps hold what was installed, and where: comparing contents catches what file times miss (a changed branch, a
@@ -36,11 +38,11 @@ help:
 demo: .venv/.installed
 	@.venv/bin/specdec demo
 
-test: lint
-	@.venv/bin/python -m pytest
+test: lint test-fast
+	@.venv/bin/python -m pytest -m vllm
 
 test-fast: .venv/.installed
-	@.venv/bin/python -m pytest -m "not vllm"
+	@$(ON_EACH_CORE) -m "not vllm"
 
 lint: .venv/.installed
 	@.venv/bin/ruff check .

@@ -52,7 +52,7 @@ class SlicedArm:
         self.num_tokens = 0  # output tokens since the server's start,
         self.figures: dict[str, Any] = {}  # and its own figures, when it was frozen last
         self._http = httpx.AsyncClient(base_url=arm.url, headers=auth_headers(), timeout=60, trust_env=False)
-        self._processes = engine_processes(arm.url)
+        self._processes, self.is_frozen = engine_processes(arm.url), False
 
     async def close(self) -> None:
         """Let the engine run on, without us."""
@@ -63,6 +63,7 @@ class SlicedArm:
     async def _thaw(self) -> None:
         for process in self._processes:
             process.resume()
+        self.is_frozen = False
         (await self._http.post("/resume")).raise_for_status()
 
     async def freeze(self) -> float:
@@ -72,6 +73,7 @@ class SlicedArm:
         self.num_tokens, self.figures = await self._num_tokens(), await self._figures()
         for process in self._processes:
             process.suspend()
+        self.is_frozen = True
         return ended
 
     async def _figures(self) -> dict[str, Any]:
@@ -146,7 +148,8 @@ async def measure(
     tasks: dict[SlicedArm, asyncio.Task[None]] = {}
     try:
         for arm in arms:
-            await arm.freeze()
+            if not arm.is_frozen:
+                await arm.freeze()
         for arm in arms if warm_up else ():
             await arm.warm_up(arm.answer(warm_up, concurrency, temperature), warm_up_sec)
         base = {arm: arm.num_tokens for arm in arms}
