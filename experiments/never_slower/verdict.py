@@ -3,8 +3,7 @@
 A ratio is that of two arms' tokens a second over a whole load. For its interval the load is cut into parts in which all
 arms do the same share of the work, at nearly the same time, and parts are drawn with replacement. The best fixed arm is
 the fastest of four that are measured with errors, which flatters it: so beside it stands the same ratio where one half
-of the parts says which arm is best and the other half measures. And the plain server against itself, its slices in
-turn as if they were two arms', says how much a ratio can mean.
+of the parts says which arm is best and the other half measures.
 """
 
 from __future__ import annotations
@@ -75,13 +74,6 @@ def held_out(load: dict[str, Any], arm: str) -> float:
     return statistics.mean(found)
 
 
-def plain_again(load: dict[str, Any]) -> float:
-    """Speed of plain decode in every second slice over that in the others: 1, but for the machine."""
-    work = load["work"]["plain"]
-    tokens, seconds = np.diff(work["num_tokens"]), np.diff(work["seconds"])
-    return float((tokens[::2].sum() / seconds[::2].sum()) / (tokens[1::2].sum() / seconds[1::2].sum()))
-
-
 def best_table(max_num_seqs: int) -> str:
     """vLLM's table with the fixed K (0: plain) that was fastest at each greedy load."""
     rows, first = [], 1
@@ -112,14 +104,13 @@ def point(load: dict[str, Any], name: str) -> dict[str, Any]:
 
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Points, and the policy's ratios."""
-    points, found = [], {key: {} for key in ("trained", "trained_held_out", "random", "plain_again")}
+    points, found = [], {key: {} for key in ("trained", "trained_held_out", "random")}
     for load in loads():
         points += [point(load, name) for name in load["work"]]
         label, best = f"c{load['concurrency']} T{load['temperature']:g}", best_fixed(load)
         found["trained"][label] = {"against": best, "ratio": ratio(load, "auto", best)}
         found["trained_held_out"][label] = {"ratio": [held_out(load, "auto")]}
         found["random"][label] = {"against": "plain", "ratio": ratio(load, "random", "plain")}
-        found["plain_again"][label] = {"ratio": [plain_again(load)]}
     ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
     return points, {
         **{f"worst_ratio_{key}": min(values) for key, values in ratios.items()},
