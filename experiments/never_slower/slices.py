@@ -90,7 +90,7 @@ class SlicedArm:
         """A closed loop to its end.
 
         Raises:
-            RuntimeError: a request failed.
+            ExceptionGroup: a request failed.
         """
         gate = asyncio.Semaphore(concurrency)
 
@@ -143,7 +143,7 @@ async def measure(
     """All of ``requests`` on each arm, in slices; ``advance`` is told of tokens. ``warm_up`` may be empty.
 
     Raises:
-        RuntimeError: a request failed.
+        ExceptionGroup: a request failed.
     """
     tasks: dict[SlicedArm, asyncio.Task[None]] = {}
     try:

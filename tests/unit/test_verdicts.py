@@ -1,80 +1,94 @@
-"""What the experiments conclude: ratios of turns, the tuned table, and which planted fault was found."""
+"""What the experiments conclude: ratios of slices, the tuned table, and which planted fault was found."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.four_heads.verdict import verdict as four_heads
+from experiments.never_slower import steady
 from experiments.never_slower import verdict as never_slower
 from experiments.planted.verdict import verdict as planted
 from experiments.r1_traces.verdict import check_mask, completions_of
 from specdec.traces import ReasoningTrace, TokenRow, tokenize_trace
 from tests.tiny import tiny_tokenizer
 
-ARMS = {"plain": 20.0, "plain_again": 20.4, "auto": 29.0, "random": 19.6, "k1": 24.0, "k2": 30.0, "k3": 27.0}
+ARMS = {"plain": 20.0, "auto": 29.0, "random": 19.6, "k1": 24.0, "k2": 30.0, "k3": 27.0}
+FIGURES = {"num_drafts": 100, "num_accepted_tokens": 80, "decode_sec": 8.0, "fallback_sec": 2.0}
 
 
-def write_load(folder: Path, temperature: float, speeds: dict[int, dict[str, float]]) -> None:
-    """A finished measurement of some loads: four turns of 100 tokens, the third on a machine at half its speed."""
-    cells, blocks = [], []
-    for concurrency, arms in speeds.items():
-        name = f"greedy c{concurrency}"
-        figures = {
-            arm: {"throughput_tok_per_sec": speed, "num_requests": 4, "acceptance": None} for arm, speed in arms.items()
+def write_load(temperature: float, concurrency: int, speeds: dict[str, float], moods=(1, 1, 2, 1)) -> None:
+    """A finished measurement: 400 tokens in slices of 100, for all alike one of them on a machine at half its speed."""
+    work = {
+        name: {
+            "num_tokens": [0, 100, 200, 300, 400],
+            "seconds": [0.0, *accumulate(mood * 100 / speed for mood in moods)],
+            "before": {"totals": {} if name == "plain" else dict.fromkeys(FIGURES, 0)},
+            "after": {"totals": {} if name == "plain" else FIGURES},
         }
-        cells.append({"name": name, "concurrency": concurrency, "arms": figures})
-        blocks += [
-            {
-                "cell": name, "arm": arm, "repeat": 0, "block": turn, "num_output_tokens": 100,
-                "busy_sec": (2 if turn == 2 else 1) * 100 / speed,
-            }
-            for turn in range(4)
-            for arm, speed in arms.items()
-        ]  # fmt: skip
-    path = folder / f"c{'-'.join(map(str, speeds))}-t{temperature}"
-    path.mkdir()
-    (path / "result.json").write_text(json.dumps({"cells": cells, "blocks": blocks}))
+        for name, speed in speeds.items()
+    }
+    load = {"temperature": temperature, "concurrency": concurrency, "num_requests": 4, "work": work}
+    steady.load_path(concurrency, temperature).write_text(json.dumps(load))
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(never_slower, "WORK", tmp_path)
+    monkeypatch.setattr(steady, "WORK", tmp_path)
     return tmp_path
 
 
-def test_ratios_are_of_turns_that_shared_their_moment(work):
-    write_load(work, 0.0, {1: ARMS})
+def test_ratios_are_of_slices_that_shared_their_moment(work):
+    write_load(0.0, 1, ARMS)
     points, summary = never_slower.steady()
-    ratios = summary["ratios"]
-    assert ratios["trained"]["c1 T0"]["against"] == "k2"
-    value, low, high = ratios["trained"]["c1 T0"]["ratio"]
-    assert value == pytest.approx(29 / 30) and (low, high) == pytest.approx((value, value)), (
-        "a slow turn is slow for all"
-    )
+    found = summary["ratios"]["trained"]["c1 T0"]
+    assert found["against"] == "k2"
+    assert found["ratio"] == pytest.approx([29 / 30] * 3), "a slow moment is slow for all"
     assert summary["worst_ratio_random"] == pytest.approx(0.98)
-    assert summary["worst_ratio_plain_again"] == pytest.approx(1.02)
-    assert {(point["arm"], point["head"]) for point in points} >= {
-        ("auto", "random"),
-        ("auto", "trained"),
-        ("plain", None),
-    }
+    by_arm = {(point["arm"], point["head"]): point for point in points}
+    assert by_arm["auto", "trained"]["acceptance_length"] == pytest.approx(1.8)
+    assert by_arm["auto", "random"]["fallback_share"] == pytest.approx(0.25)
+    assert by_arm["plain", None]["acceptance_length"] is None and by_arm["plain", None]["runs"] == 4
+
+
+def test_an_arm_that_was_lucky_in_one_half_is_not_the_best_of_the_other(work):
+    """k1 and k2 take turns in being fast: whichever one half names is the slower one in the other."""
+    write_load(0.0, 2, {**ARMS, "k1": 25.0, "k2": 25.0, "k3": 20.0, "auto": 25.0})
+    path = steady.load_path(2, 0.0)
+    load = json.loads(path.read_text())
+    tokens = [100 * i for i in range(never_slower.NUM_PARTS + 1)]
+    for name, first in (("k1", 3.0), ("k2", 5.0)):
+        seconds = [0.0, *accumulate(first if i % 2 == 0 else 8.0 - first for i in range(never_slower.NUM_PARTS))]
+        load["work"][name] |= {"num_tokens": tokens, "seconds": seconds}
+    for name in ("plain", "k3", "auto", "random"):
+        seconds = [4.0 * i for i in range(never_slower.NUM_PARTS + 1)]
+        load["work"][name] |= {"num_tokens": tokens, "seconds": seconds}
+    path.write_text(json.dumps(load))
+    assert never_slower.ratio(load, "auto", "k1")[0] == pytest.approx(1.0)
+    assert never_slower.held_out(load, "auto") == pytest.approx(5 / 4)
 
 
 def test_the_tuned_table_takes_the_fastest_width_of_each_greedy_load(work):
-    write_load(work, 0.0, {1: ARMS, 4: {**ARMS, "k3": 40.0}, 16: {**ARMS, "plain": 50.0}})
-    write_load(work, 0.6, {1: {**ARMS, "k1": 90.0}})
+    write_load(0.0, 1, ARMS)
+    write_load(0.0, 4, {**ARMS, "k3": 40.0})
+    write_load(0.0, 16, {**ARMS, "plain": 50.0})
+    write_load(0.6, 1, {**ARMS, "k1": 90.0})
     assert never_slower.best_table(32) == "1-1:2/2-4:3/5-16:0"
     assert never_slower.best_table(8) == "1-1:2/2-4:3/5-8:0"
 
 
 def test_acceptance_of_a_width_that_changed_is_that_of_full_drafts():
-    assert never_slower.full_length([0.5, 0.5]) == pytest.approx(1.75)
-    assert never_slower.full_length([0.5, None]) is None
+    def totals(reached: list[int], accepted: list[int]) -> dict[str, Any]:
+        return {"totals": {"reached_per_position": reached, "accepted_per_position": accepted}}
+
+    before, after = totals([10, 10], [9, 9]), totals([110, 30], [59, 19])
+    assert never_slower.full_length({"before": before, "after": after}) == pytest.approx(1.75)
+    assert never_slower.full_length({"before": before, "after": totals([110, 10], [59, 9])}) is None
 
 
 def planted_result(**intervals: list[float]) -> dict[str, Any]:
