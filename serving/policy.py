@@ -155,8 +155,10 @@ class Policy:
     def _recheck(self, batch: int) -> int:
         """The served K, or another that it is time to time again."""
         stale = [k for k in range(self.max_draft_tokens + 1) if self.times.moved(batch, k) > self.settings.max_moved]
-        width = self._next_width(batch)
-        if self._steps_since_trial >= max(self._recheck_steps, self._affordable_recheck(batch, width)):
+        waited, width = self._steps_since_trial, self.chosen
+        if waited >= self._recheck_steps:  # only then: this runs in every step
+            width = self._next_width(batch)
+        if width != self.chosen and waited >= self._affordable_recheck(batch, width):
             self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
             self._rechecked = width
         elif stale and self._steps_since_trial >= self.settings.dwell_steps:
