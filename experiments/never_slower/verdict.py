@@ -38,10 +38,11 @@ def part_seconds(work: dict[str, Any]) -> list[float]:
     return list(np.diff(np.interp(tokens, work["num_tokens"], work["seconds"])))
 
 
-def speed(load: dict[str, Any], name: str) -> float:
-    """Tokens a second."""
+def speed(load: dict[str, Any], name: str, parts: Sequence[int] = range(NUM_PARTS)) -> float:
+    """Tokens a second in these parts."""
     work = load["work"][name]
-    return float(work["num_tokens"][-1] / work["seconds"][-1])
+    seconds = part_seconds(work)
+    return float(work["num_tokens"][-1] / NUM_PARTS * len(parts) / sum(seconds[i] for i in parts))
 
 
 def ratio(load: dict[str, Any], arm: str, other: str, parts: Sequence[int] = range(NUM_PARTS)) -> list[float]:
@@ -58,13 +59,7 @@ def ratio(load: dict[str, Any], arm: str, other: str, parts: Sequence[int] = ran
 def best_fixed(load: dict[str, Any], parts: Sequence[int] = range(NUM_PARTS)) -> str:
     """The fastest of plain and every fixed K in these parts."""
     names = [name for name in load["work"] if name == "plain" or name.startswith(FIXED)]
-    return max(names, key=lambda name: ratio_of_parts(load, name, parts))
-
-
-def ratio_of_parts(load: dict[str, Any], name: str, parts: Sequence[int]) -> float:
-    """Tokens a second in these parts."""
-    seconds = part_seconds(load["work"][name])
-    return float(load["work"][name]["num_tokens"][-1] / sum(seconds[i] for i in parts))
+    return max(names, key=lambda name: speed(load, name, parts))
 
 
 def held_out(load: dict[str, Any], arm: str) -> float:
