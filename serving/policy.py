@@ -53,11 +53,12 @@ class PolicySettings:
     min_recheck_steps: int = 64  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 512  # and at most
     recheck_share: float = 0.01  # of the time, that it may cost
+    optimism: float = 0.5  # by which share the time of a K of which one step was timed may be too long; of n: over √n
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
     void_moved: float = 2.0  # and by more than this, then nothing of it counts any more
-    time_window: int = 33  # steps that count, of each batch size and K
+    time_window: int = 65  # steps that count, of each batch size and K
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
 
@@ -87,9 +88,9 @@ class Policy:
         self._steps_since_change = 0
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
+        self._num_timed = 0  # steps of the trial
         self._is_probe = False
         self._num_probes = 0
-        self._rechecked = self.max_draft_tokens
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
         self._untimed: dict[tuple[bool, int, int], tuple[int, int]] = {}  # next trial's step and interval, see _unknown
@@ -120,6 +121,7 @@ class Policy:
 
         ``sampled``: some of them are not greedy.
         """
+        self._num_timed += self._trial is not None and self._trial[0] == num_draft_tokens
         self._times[sampled].observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
 
     def choose(self, batch: int, sampled: bool = False) -> int:
@@ -159,13 +161,13 @@ class Policy:
         if waited >= self._recheck_steps:  # only then: this runs in every step
             width = self._next_width(batch)
         if width != self.chosen and waited >= self._affordable_recheck(batch, width):
-            self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
-            self._rechecked = width
+            if self._hoped_for(batch, width) <= (self.goodput(batch, self.chosen) or 0.0):
+                self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
         elif stale and self._steps_since_trial >= self.settings.dwell_steps:
-            self._rechecked = max(stale, key=lambda k: self.times.moved(batch, k))
+            width = max(stale, key=lambda k: self.times.moved(batch, k))
         else:
             return self.chosen
-        return self._try(batch, self._rechecked, f"timing K={self._rechecked} again")
+        return self._try(batch, width, f"timing K={width} again")
 
     def _width_of_probe(self, batch: int) -> int:
         """The widest drafts, which tell most of acceptance, and in turn with them the K that looks best."""
@@ -188,10 +190,15 @@ class Policy:
         return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
 
     def _next_width(self, batch: int) -> int:
-        """The K that is to be timed again: the least known, of several in turn; not the one that is served."""
-        num_widths = self.max_draft_tokens + 1
-        others = [width for width in range(num_widths) if width != self.chosen]
-        return min(others, key=lambda k: (self.times.num_observed(batch, k), (k - self._rechecked - 1) % num_widths))
+        """The K that is to be timed again: of those that are not served the one with most to hope for."""
+        others = [width for width in range(self.max_draft_tokens + 1) if width != self.chosen]
+        return max(others, key=lambda k: self._hoped_for(batch, k))
+
+    def _hoped_for(self, batch: int, num_draft_tokens: int) -> float:
+        """Its goodput, were its few steps disturbed ones: the fewer were timed, the more may be wrong with them."""
+        goodput = self.goodput(batch, num_draft_tokens)
+        num_steps = max(1, self.times.num_observed(batch, num_draft_tokens))
+        return (goodput or 0.0) * (1 + self.settings.optimism / math.sqrt(num_steps))
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
@@ -199,7 +206,7 @@ class Policy:
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
             return False
-        if self.times.num_observed(batch, width) < 2:  # its time is being measured anew
+        if not self._num_timed:  # its time may be what was wrong
             return False
         doubt = self.settings.benefit_of_doubt
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
@@ -241,7 +248,7 @@ class Policy:
             num_kept = 0 if moved > self.settings.void_moved else self.settings.trial_steps
             self.times.keep_newest(batch, width, num_kept)
         self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
-        self._steps_since_trial = self._drafts_since_trial = 0
+        self._steps_since_trial = self._drafts_since_trial = self._num_timed = 0
         self.reason = reason
         return width
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable
 from itertools import groupby
 
@@ -11,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.estimates import AcceptanceModel, StepTimes, bucket
 from serving.policy import Policy, PolicySettings
 
 K = 3
@@ -21,6 +22,12 @@ GOOD, BAD = (0.65, 0.6, 0.55), (0.05, 0.05, 0.05)
 def step_sec(batch: int, width: int) -> float:
     """A step of 20 ms that grows with what is verified, and a head of 2 ms a token."""
     return 0.020 + 0.0012 * batch * (width + 1) + 0.002 * width
+
+
+def dear_first_step(batch: int, width: int) -> float:
+    """As measured: whatever is drafted costs something at once, and a larger batch more for each draft."""
+    drafts = min(width, 1) * (0.1 + 0.012 * batch) + width * (0.06 + 0.006 * batch)
+    return (0.02 + 0.0028 * batch) * (1 + drafts)
 
 
 def expected(rates, width: int) -> float:
@@ -33,6 +40,19 @@ def expected(rates, width: int) -> float:
 
 def best_goodput(batch: int, rates, cost: Callable[[int, int], float] = step_sec) -> float:
     return max(batch * expected(rates, width) / cost(batch, width) for width in range(K + 1))
+
+
+class Disturbed:
+    """``cost`` on a shared machine: for a fifth of a second or more at a time it is as fast as ever or much slower."""
+
+    def __init__(self, seed: int, cost: Callable[[int, int], float]) -> None:
+        self.random, self.cost, self.slowness = random.Random(seed), cost, 1.0
+
+    def __call__(self, batch: int, width: int) -> float:
+        seconds = self.cost(batch, width)
+        if self.random.random() < seconds / 0.2:
+            self.slowness = self.random.choice([1.0, 1.0, 1.25, 1.6])
+        return seconds * self.slowness
 
 
 class Engine:
@@ -95,6 +115,24 @@ def test_a_machine_whose_speed_drifts_does_not_mislead_it(batch, rates):
     assert engine.against_oracle > 0.97 and engine.against_plain > 0.97
 
 
+@pytest.mark.parametrize("batches", [(1, 1), (4, 4), (16, 16), (9, 16), (17, 32)])
+def test_on_a_machine_that_is_slow_half_of_the_time_it_is_near_the_best(batches):
+    """400 steps at one load, or in turn at two that share their times; half of it was met before."""
+    shares: list[float] = []
+    for seed, rates in itertools.product(range(4), [(0.8, 0.75, 0.7), GOOD, (0.45, 0.4, 0.4), BAD]):
+        engine = Engine(Policy(K, GOOD), seed, noise=0.03, cost=Disturbed(seed, dear_first_step))
+        load = [batches[step // 70 % 2] for step in range(550)]
+        for batch in [(batches[1] + 1) // 2] * 30 + load:
+            engine.run(1, batch, rates)
+
+        def goodput(widths: list[int], load=load[150:], rates=rates) -> float:
+            seconds = sum(dear_first_step(batch, width) for batch, width in zip(load, widths, strict=True))
+            return sum(b * expected(rates, width) for b, width in zip(load, widths, strict=True)) / seconds
+
+        shares.append(goodput(engine.widths[180:]) / max(goodput([width] * 400) for width in range(K + 1)))
+    assert statistics.mean(shares) > 0.98
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("batch", [1, 4])
 def test_what_a_busy_start_measured_is_soon_made_good(batch, seed):
@@ -150,7 +188,8 @@ def test_within_five_seconds_a_useless_head_costs_little_at_any_load(width, plai
         return expected(rates, k) / (1 + dearness * k / width)
 
     best = max(true_goodput(k) for k in range(width + 1))
-    for batch, seed in [(1, 0), (1, 1), (1, 2), (2, 3), (4, 4), (8, 5), (16, 6), (32, 7)]:
+    late = 0  # few drafts, of which one was accepted by chance
+    for batch, seed in itertools.product((1, 2, 4, 8, 16, 32), range(10)):
         policy, rng = Policy(width, prior), random.Random(seed)
         passed_sec, verified = 0.0, 0
         while passed_sec < 5:
@@ -161,7 +200,8 @@ def test_within_five_seconds_a_useless_head_costs_little_at_any_load(width, plai
             if verified == drafted:
                 policy.observe_step(batch, drafted, seconds)
             passed_sec, verified = passed_sec + seconds, drafted
-        assert true_goodput(policy.chosen) > 0.93 * best, (batch, policy.chosen)
+        late += true_goodput(policy.chosen) < 0.93 * best
+    assert late <= 2
 
 
 @pytest.mark.parametrize("slow", [1.5, 3, 10])
@@ -255,16 +295,6 @@ def test_off_and_fixed_are_obeyed():
     assert {policy.choose(1) for _ in range(50)} == {2}
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
-def test_rates_stay_rates(drafts):
-    model = AcceptanceModel([0.5] * 3, window=50.0, prior_weight=8.0)
-    for drafted, accepted in drafts:
-        model.observe(drafted, min(drafted, accepted))
-    assert all(0 <= rate <= 1 for rate in model.conditional_rates)
-    lengths = [model.expected_tokens(k) for k in range(4)]
-    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] <= 4
-
-
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3), st.floats(1e-4, 1.0)), max_size=100))
 def test_whatever_is_observed_the_choice_is_a_width(steps):
     policy = Policy(K, settings=PolicySettings(dwell_steps=1, trial_steps=2, min_probe_steps=3))
@@ -272,22 +302,6 @@ def test_whatever_is_observed_the_choice_is_a_width(steps):
         policy.observe_step(batch, width, seconds)
         policy.observe_draft(width, width // 2)
         assert 0 <= policy.choose(batch) <= K
-
-
-def test_times_between_two_widths_lie_on_a_line_and_a_pause_is_no_step():
-    times = StepTimes(window=9)
-    for _ in range(9):
-        times.observe(3, 0, 0.02)
-        times.observe(4, 3, 0.05)
-    assert times.estimate(4, 1) == pytest.approx(0.03) and times.estimate(4, 4) is None
-    assert times.estimate(8, 0) is None
-    for _ in range(3):
-        times.observe(4, 0, 0.1)
-    assert times.estimate(4, 0) == pytest.approx(0.02)
-    for _ in range(3):  # more than half of what is kept: no pause
-        times.observe(4, 0, 0.1)
-    assert times.estimate(4, 0) == pytest.approx(0.1)
-    assert [bucket(n) for n in (1, 2, 3, 4, 5, 32, 33)] == [1, 2, 4, 4, 8, 32, 64]
 
 
 def test_a_probe_of_a_hopeless_head_is_short():

@@ -1,0 +1,55 @@
+"""What the policy knows of acceptance and of step times."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.estimates import AcceptanceModel, StepTimes, bucket
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
+def test_rates_stay_rates(drafts):
+    model = AcceptanceModel([0.5] * 3, window=50.0, prior_weight=8.0)
+    for drafted, accepted in drafts:
+        model.observe(drafted, min(drafted, accepted))
+    assert all(0 <= rate <= 1 for rate in model.conditional_rates)
+    lengths = [model.expected_tokens(k) for k in range(4)]
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] <= 4
+
+
+def test_times_between_two_widths_lie_on_a_line_and_a_pause_is_no_step():
+    times = StepTimes(window=20)
+    for _ in range(20):
+        times.observe(4, 0, 0.02)
+        times.observe(4, 3, 0.05)
+    assert times.estimate(4, 1) == pytest.approx(0.03) and times.estimate(4, 4) is None
+    assert times.estimate(8, 0) is None
+    for _ in range(17):
+        times.observe(4, 0, 0.03)
+    assert times.estimate(4, 0) == pytest.approx(0.02)
+    times.observe(4, 0, 0.03)  # fewer than a tenth are faster
+    assert times.estimate(4, 0) == pytest.approx(0.03)
+
+
+def test_a_narrower_step_is_never_slower_than_a_wider_one():
+    times = StepTimes(window=20)
+    for width, seconds in enumerate([0.02, 0.05, 0.03, 0.04]):
+        times.observe(4, width, seconds)
+    assert [times.estimate(4, width) for width in range(4)] == pytest.approx([0.02, 0.03, 0.03, 0.04])
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.3, 1.0])
+def test_batch_sizes_that_share_their_times_each_have_their_own_estimate(growth):
+    times = StepTimes(window=20)
+
+    def cost(batch: int) -> float:  # a straight line from 8 to 16
+        return 0.02 * (1 - growth * (1 - batch / 16))
+
+    times.observe(8, 0, cost(8))
+    times.observe(16, 0, cost(16))
+    for batch in range(9, 17):
+        times.observe(batch, 0, cost(batch))
+    assert [times.estimate(batch, 0) for batch in range(9, 17)] == pytest.approx([cost(b) for b in range(9, 17)])
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 32, 33)] == [1, 2, 4, 4, 8, 32, 64]
