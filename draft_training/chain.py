@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from draft_training.draft_module import DraftModule, Outputs
 from draft_training.heads import DraftInputs
-from draft_training.layers import causal_bias, gather_anchors
+from draft_training.layers import attention_bias, gather_anchors
 from draft_training.target_model import TargetModel
 
 
@@ -61,9 +61,9 @@ class ChainModule(DraftModule):
         indices_T = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)
         next_ids = ids_BT[:, (indices_T + 1).clamp(max=last)]
         everywhere, residual = self.layer_inputs(F.embedding(next_ids, self.embed_VH).float(), self.features(inputs))
-        prefix = layer.self_attn.key_value(everywhere, inputs.begins_B[:, None] + indices_T)
-        bias = causal_bias(anchors_BQ, indices_T, residual.dtype)
-        positions_BQ = inputs.begins_B[:, None] + anchors_BQ
+        prefix = layer.self_attn.key_value(everywhere, inputs.positions_BT)
+        bias = attention_bias(anchors_BQ, inputs.starts_BT, residual.dtype)
+        positions_BQ = inputs.positions_BT.gather(1, anchors_BQ)
         attending, residual = gather_anchors(everywhere, anchors_BQ), gather_anchors(residual, anchors_BQ)
         own: list[tuple[Tensor, Tensor]] = []
         hidden = drafted = torch.empty(0)  # set by the first pass

@@ -65,7 +65,7 @@ class DraftModule(nn.Module):
         """See ``DraftHead.count_targets``."""
         learnable_BT = self._learnable(batch)
         seen_KBQ = torch.stack([batch.anchors_BQ + 1 + j for j in range(self.num_speculative_tokens)])
-        exists_KBQ = batch.anchor_mask_BQ & (seen_KBQ < batch.lengths_B[:, None])
+        exists_KBQ = batch.anchor_mask_BQ & (seen_KBQ < batch.ends_BT.gather(1, batch.anchors_BQ))
         index_KBQ = seen_KBQ.clamp(max=learnable_BT.shape[1] - 1)
         supervised_KBQ = exists_KBQ & learnable_BT.expand(len(index_KBQ), -1, -1).gather(2, index_KBQ)
         return torch.stack([supervised_KBQ, exists_KBQ]).sum((2, 3))
@@ -88,14 +88,15 @@ class DraftModule(nn.Module):
         places_P, _ = places(learnable_BT)
         teacher_logits = batch.final_hidden_BTH.flatten(0, 1)[places_P] @ self.teacher_VH.T
         probs_PV = teacher_logits.float().sub_(batch.logsumexp_BT.flatten()[places_P, None]).exp_()
-        last = batch.input_ids_BT.shape[1] - 1
+        last, ends_BQ = batch.input_ids_BT.shape[1] - 1, batch.ends_BT.gather(1, batch.anchors_BQ)
         loss = batch.final_hidden_BTH.new_zeros(())
         num_targets, num_correct = [], []
         survives = objective.position_weights == "survival"
         weight_BQ = torch.ones_like(batch.anchors_BQ, dtype=torch.float32)
         for j, (states_BQH, weight_VH) in enumerate(outputs):
             seen_BQ = (batch.anchors_BQ + 1 + j).clamp(max=last)  # the target's token after it is the label
-            reached_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j <= last) & learnable_BT.gather(1, seen_BQ)
+            exists_BQ = batch.anchor_mask_BQ & (batch.anchors_BQ + 1 + j < ends_BQ)
+            reached_BQ = exists_BQ & learnable_BT.gather(1, seen_BQ)
             places_N, num_reached = places(reached_BQ)
             ranks_N = rank_BT.gather(1, seen_BQ).flatten()[places_N].clamp(min=0)
             weights_N = weight_BQ.flatten()[places_N] / divisors[j]
@@ -129,7 +130,8 @@ class DraftModule(nn.Module):
         inputs = DraftInputs(
             input_ids_BT=input_ids[None],
             anchors_BQ=torch.tensor([[len(final_hidden_TH) - 1]], device=final_hidden_TH.device),
-            begins_B=torch.zeros(1, dtype=torch.long, device=final_hidden_TH.device),
+            positions_BT=torch.arange(len(final_hidden_TH), device=final_hidden_TH.device)[None],
+            starts_BT=torch.zeros(1, len(final_hidden_TH), dtype=torch.long, device=final_hidden_TH.device),
             aux_hidden_BTAH=aux_hidden_TAH[None],
             final_hidden_BTH=final_hidden_TH[None],
         )

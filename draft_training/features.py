@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from draft_training.collate import collate
 from draft_training.feature_cache import FeatureCache, RowFeatures
 from draft_training.heads import FeatureBatch
-from draft_training.padding import padded_length
 from draft_training.target_model import TargetModel
-from draft_training.windows import Window, anchor_positions, whole_row
+from draft_training.windows import Window, whole_row
 from specdec.progress import progress_bar
 from specdec.traces import TokenRow
 
@@ -134,45 +133,16 @@ class FeatureStore:
         """These rows as a whole."""
         return self.window_batch([whole_row(i, self.rows[i]) for i in indices])
 
-    def window_batch(self, windows: list[Window], features: dict[int, RowFeatures] | None = None) -> FeatureBatch:
-        """The windows right-padded together, features in float32, from ``features`` where they are at hand.
-
-        The loss mask is cut to what the windows' anchors draft.
-        """
+    def window_batch(
+        self,
+        windows: list[Window],
+        features: dict[int, RowFeatures] | None = None,
+        pack_tokens: int | None = None,
+    ) -> FeatureBatch:
+        """The windows together, with ``features`` where they are at hand; see ``collate``."""
         features = self.features(windows) if features is None else features
-        device = self.target.device
-
-        def pad(tensors: Iterable[Tensor]) -> Tensor:
-            padded = nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True)
-            missing = padded_length(padded.shape[1]) - padded.shape[1]
-            return F.pad(padded, (0, 0) * (padded.ndim - 2) + (0, missing))
-
-        def padded(name: str) -> Tensor:
-            of_windows = ((window, features[window.row]) for window in windows)
-            return pad(getattr(f, name)[w.begin - f.begin : w.end - f.begin] for w, f in of_windows)
-
-        rows = [self.rows[window.row] for window in windows]
-        anchors = [torch.tensor(window_anchors(w, row), dtype=torch.long) for w, row in zip(windows, rows, strict=True)]
-        masks = [torch.tensor(row.loss_mask[w.begin : w.end]).bool() for w, row in zip(windows, rows, strict=True)]
-        for window, mask in zip(windows, masks, strict=True):
-            mask[: max(0, window.first + 2 - window.begin)] = False
-        return FeatureBatch(
-            anchors_BQ=pad(anchors),
-            anchor_mask_BQ=pad(torch.ones(len(row_anchors), dtype=torch.bool) for row_anchors in anchors),
-            input_ids_BT=pad(torch.tensor(r.input_ids[w.begin : w.end]) for w, r in zip(windows, rows, strict=True)),
-            loss_mask_BT=pad(masks),
-            begins_B=torch.tensor([window.begin for window in windows], device=device),
-            lengths_B=torch.tensor([window.num_tokens for window in windows], device=device),
-            aux_hidden_BTAH=padded("aux_hidden").float(),
-            final_hidden_BTH=padded("final_hidden").float(),
-            logsumexp_BT=padded("logsumexp"),
-            argmax_BT=padded("argmax"),
-        )
-
-
-def window_anchors(window: Window, row: TokenRow) -> list[int]:
-    """The anchors of a window, counted from its first token."""
-    return [t - window.begin for t in anchor_positions(row) if window.first <= t < window.stop]
+        rows = {window.row: self.rows[window.row] for window in windows}
+        return collate(windows, rows, features, self.target.device, pack_tokens)
 
 
 def length_groups(order: list[Item], length: Callable[[Item], int], batch_tokens: int) -> list[list[Item]]:

@@ -82,10 +82,17 @@ class PrefixAttention(nn.Module):
             mixed = mixed + weight * value[:, :, None]
         return mixed.view(B, N, Q, D).transpose(1, 2).flatten(2)
 
-    def causal(self, q_BNTD: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-        """Every position attends to itself and what precedes it, in memory linear in T. Returns [B, T, H]."""
+    def causal(self, q_BNTD: Tensor, prefix: tuple[Tensor, Tensor], starts_BT: Tensor) -> Tensor:
+        """Every position attends to itself and what precedes it in its row. Returns [B, T, H].
+
+        With one row a strip in memory linear in T.
+        """
         keys, values = (part.repeat_interleave(self.num_groups, dim=1) for part in prefix)
-        mixed = F.scaled_dot_product_attention(q_BNTD, keys, values, is_causal=True)
+        mask = None
+        if starts_BT.any():
+            indices_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+            mask = visible(indices_T.expand_as(starts_BT), starts_BT)[:, None]
+        mixed = F.scaled_dot_product_attention(q_BNTD, keys, values, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -142,10 +149,17 @@ def gather_anchors(states_BTH: Tensor, anchors_BQ: Tensor) -> Tensor:
     return states_BTH.gather(1, anchors_BQ[:, :, None].expand(-1, -1, states_BTH.shape[-1]))
 
 
-def causal_bias(anchors_BQ: Tensor, indices_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, Q, T]: 0 up to each anchor, and as good as minus infinity after it."""
-    later = indices_T > anchors_BQ[:, :, None]
-    return torch.zeros_like(later, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
+def visible(anchors_BQ: Tensor, starts_BT: Tensor) -> Tensor:
+    """[B, Q, T]: what an anchor may attend to, from where its row starts up to itself."""
+    indices_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    starts_BQ = starts_BT.gather(1, anchors_BQ)
+    return (indices_T <= anchors_BQ[:, :, None]) & (indices_T >= starts_BQ[:, :, None])
+
+
+def attention_bias(anchors_BQ: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, Q, T]: 0 where an anchor may attend to, and as good as minus infinity elsewhere."""
+    hidden = ~visible(anchors_BQ, starts_BT)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def layer_config(target_config: Any, architecture: str, num_layers: int, intermediate_size: int | None) -> Any:

@@ -76,6 +76,8 @@ def check_recipe(config: TrainConfig) -> None:
             "train.optimizer=muon needs whole matrices, and FSDP leaves each process a part of them: set "
             "train.parallel=ddp (and launch without FSDP), or train.optimizer=adamw"
         )
+    if config.pack_tokens is not None and config.pack_tokens < 1:
+        raise ValueError(f"train.pack_tokens must be at least 1, or null to pad rows, got {config.pack_tokens}")
     if config.accumulation_steps < 1:
         raise ValueError(f"train.accumulation_steps must be 1 or more, got {config.accumulation_steps}")
     for name in ("lk_eta", "lm_head_lr_scale"):

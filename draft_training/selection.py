@@ -78,11 +78,11 @@ def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
 def accepted_prefix(drafts_BQK: Tensor, batch: FeatureBatch, on_policy: bool) -> Tensor:
     """[B, Q] number of draft tokens of each anchor that the server would accept, were it to draft there."""
     truth_BT = batch.input_ids_BT if on_policy else F.pad(batch.argmax_BT[:, :-1], (1, 0))
-    last = truth_BT.shape[1] - 1
+    last, ends_BQ = truth_BT.shape[1] - 1, batch.ends_BT.gather(1, batch.anchors_BQ)
     right = []
     for j in range(drafts_BQK.shape[-1]):
         drafted_BQ = batch.anchors_BQ + 2 + j
-        exists = drafted_BQ < batch.lengths_B[:, None]
+        exists = drafted_BQ < ends_BQ
         right.append((drafts_BQK[..., j] == truth_BT.gather(1, drafted_BQ.clamp(max=last))) & exists)
     return torch.stack(right, dim=-1).long().cumprod(-1).sum(-1)
 

@@ -37,6 +37,7 @@ class GradientMaker:
     autocast: Callable[[], Any]
     objective: Objective
     accumulation_steps: int
+    pack_tokens: int | None
 
     def run(self, windows: list[Window], wishes: Callable[[], list[bool]]) -> StepFigures:
         """Leave the gradient of these windows' loss in the head's parameters. Collective.
@@ -69,7 +70,7 @@ class GradientMaker:
 
     def _features(self, share: list[Window], windows: list[Window]) -> FeatureBatch:
         """Of an empty share, a window that counts for nothing: DDP and FSDP need every process in every pass."""
-        batch = self.store.window_batch(share or windows[:1])
+        batch = self.store.window_batch(share or windows[:1], pack_tokens=self.pack_tokens)
         if not share:
             batch.anchor_mask_BQ.zero_()
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import random
@@ -16,6 +17,7 @@ import torch
 
 from draft_training.averaging import WeightAverage
 from draft_training.checkpoint import load_checkpoint, save_checkpoint
+from draft_training.collate import strip_tokens, strips
 from draft_training.distributed import (
     Processes,
     laid_out_as,
@@ -62,14 +64,15 @@ def plan_batches(planned: list[Tiles], config: TrainConfig) -> list[list[Window]
         order = draw(planned, config.seed, epoch)
         rng.shuffle(order)
         # Sorting whole pools by length keeps padding low without ordering the epoch by length.
-        num_tokens = sum(window.num_tokens for window in order)
+        num_tokens = strip_tokens(order)
         num_pools = max(1, num_tokens // (POOL_BATCHES * config.batch_tokens))
-        size = math.ceil(len(order) / num_pools)
-        slices = [order[i : i + size] for i in range(0, len(order), size)]
-        pools = [sorted(members, key=lambda window: window.num_tokens) for members in slices]
-        groups = [g for members in pools for g in length_groups(members, lambda w: w.num_tokens, config.batch_tokens)]
+        laid = strips(order, config.pack_tokens)
+        size = math.ceil(len(laid) / num_pools)
+        pools = [sorted(laid[i : i + size], key=strip_tokens) for i in range(0, len(laid), size)]
+        groups = [group for members in pools for group in length_groups(members, strip_tokens, config.batch_tokens)]
         rng.shuffle(groups)
-        batches += groups[: math.ceil(min(1.0, config.epochs - epoch) * len(groups))]
+        kept = groups[: math.ceil(min(1.0, config.epochs - epoch) * len(groups))]
+        batches += [list(itertools.chain(*group)) for group in kept]
     return batches
 
 
@@ -129,6 +132,7 @@ class Trainer:
             autocast=lambda: torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"),
             objective=Objective.of(config),
             accumulation_steps=config.accumulation_steps,
+            pack_tokens=config.pack_tokens,
         )
         self._stop = False
         self._saved_at_step, self._saved_at_sec = -1, time.monotonic()

@@ -66,6 +66,7 @@ class TrainConfig:
     init_head: str | None = None  # a head of the same architecture and target to start from
     epochs: float = 6.0  # of a broken one the first part is drawn
     batch_tokens: int = 1024  # padded, of one optimizer step, over all processes
+    pack_tokens: int | None = None  # rows one behind another, each seeing itself alone, up to so many; None: padded
     accumulation_steps: int = 1  # parts that each process makes of its share, one after another: less memory
     checkpoint_activations: bool = False  # attention and MLPs are computed again in the backward pass: less memory
     parallel: str = "ddp"  # of several processes: ddp | fsdp (weights and optimizer state sharded)

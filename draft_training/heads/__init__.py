@@ -23,26 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class DraftInputs:
-    """What a head may read when it drafts. B rows, T tokens, Q anchors, H width, A aux layers.
+    """What a head may read when it drafts. B strips, T tokens, Q anchors, H width, A aux layers.
 
     Index t holds token t and what the target computed on reading it: its distribution there is over token t + 1.
     An anchor t is where the server could draft: token t + 1 is known, token t + 2 is the first to be drafted.
-    Of a long row it is a window: index 0 is its token ``begins``, and what lies before that is not seen.
+    A strip holds a row, or several one behind another: what lies before a token's row is not seen from it. Of a long
+    row it may be a window, so that its first token is not at position 0.
     """
 
     input_ids_BT: Tensor  # int64; one longer than the features when the last token has not been read yet
     anchors_BQ: Tensor  # int64 indices t, ascending; padding repeats index 0
-    begins_B: Tensor  # int64, the true position of index 0: rotary positions are t + begins
+    positions_BT: Tensor  # int64, of the tokens in their rows: the rotary positions
+    starts_BT: Tensor  # int64, the index where the token's row starts; 0 throughout: one row a strip
     aux_hidden_BTAH: Tensor  # residual stream after the tapped layers, ascending; A = 0: the head taps none
     final_hidden_BTH: Tensor  # after the target's final norm
 
 
 @dataclass(kw_only=True, slots=True)
 class FeatureBatch(DraftInputs):
-    """A right-padded batch of rows with the target's features, and what it learns from."""
+    """A right-padded batch with the target's features, and what it learns from."""
 
     loss_mask_BT: Tensor  # bool, True on completion tokens that some anchor drafts
-    lengths_B: Tensor  # int64
+    ends_BT: Tensor  # int64, the index behind the last token of the token's row
     anchor_mask_BQ: Tensor  # bool
     logsumexp_BT: Tensor  # float32, over the full vocabulary
     argmax_BT: Tensor  # int64, the target's greedy choice for token t + 1
@@ -71,8 +73,8 @@ class DraftHead(Protocol):
     def outputs(self, inputs: DraftInputs, own_drafts: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each draft position in turn: states [B, Q, H] and the matrix [V, H] that makes them draft logits.
 
-        Position j reads the row's own tokens up to t + 1 + j (past the end: the last one), or with ``own_drafts``
-        what the head drafted before.
+        Position j reads the row's own tokens up to t + 1 + j, or with ``own_drafts`` what the head drafted before.
+        What it says where the row has no such token counts nowhere.
         """
         ...
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draft_training.draft_vocabulary import choose_draft_tokens, count_completion_tokens
 from draft_training.heads import load_head
@@ -20,6 +20,9 @@ from specdec.device import detect_device
 from specdec.record import text_sha256
 from specdec.targets import resolve_target
 from specdec.traces import TokenRow
+
+if TYPE_CHECKING:
+    from draft_training.trainer import Trainer
 
 DEFAULT = "default"
 ARMS: dict[str, list[str]] = {
@@ -37,6 +40,7 @@ ARMS: dict[str, list[str]] = {
     "no-norm-before-fc": ["head.options.norm_before_fc=false"],
     "no-norm-output": ["head.options.norm_output=false"],
     "no-norm-before-residual": ["head.options.norm_before_residual=false"],
+    "packed": ["train.pack_tokens=1024"],
 }
 HELD_OUT_FRACTION = 0.25
 
@@ -117,16 +121,11 @@ class ArmRun:
     accepted_by_conversation: dict[str, list[int]]
 
 
-def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmRun:
-    """Train, round to bf16 as an export does, and walk the held-out rows at the default's K.
-
-    Raises:
-        Interrupted: stopped by a signal; the same call resumes from ``work_dir``.
-    """
+def make_trainer(bench: Bench, config: RunConfig, work_dir: Path) -> Trainer:
+    """A new head of ``config`` and what trains it on the bench's rows."""
     import torch
 
     from draft_training.distributed import Processes
-    from draft_training.selection import held_out_acceptance
     from draft_training.train import _precision
     from draft_training.trainer import Trainer
 
@@ -138,7 +137,7 @@ def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmR
     model = stores["train"].target
     torch.manual_seed(config.train.seed)
     head = spec.build(model, torch.tensor(ids), options, config.head.num_speculative_tokens).to(model.device)
-    trainer = Trainer(
+    return Trainer(
         head=head,
         train_store=stores["train"],
         val_store=stores["val"],
@@ -149,19 +148,33 @@ def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmR
         identity={"arm": bench.identity(config)},
         processes=Processes(config.train.parallel, bench.device),
     )
+
+
+def train_arm(bench: Bench, arm: str, config: RunConfig, work_dir: Path) -> ArmRun:
+    """Train, round to bf16 as an export does, and walk the held-out rows at the default's K.
+
+    Raises:
+        Interrupted: stopped by a signal; the same call resumes from ``work_dir``.
+    """
+    import torch
+
+    from draft_training.selection import held_out_acceptance
+
+    trainer = make_trainer(bench, config, work_dir)
     trainer.run()
+    head = trainer.head
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(parameter.bfloat16().float())
     head.num_speculative_tokens = bench.base.head.num_speculative_tokens
-    found = held_out_acceptance(head, stores["val"], bench.on_policy, config.train.batch_tokens)
+    found = held_out_acceptance(head, trainer.val_store, bench.on_policy, config.train.batch_tokens)
     return ArmRun(
         arm=arm,
         seed=config.train.seed,
         identity=bench.identity(config),
         train_sec=trainer.state.train_sec,
         num_steps=trainer.state.step,
-        draft_vocab_size=len(ids),
+        draft_vocab_size=head.draft_vocab_size,
         acceptance_length=found.total.acceptance_length or 0.0,
         per_position_rates=[rate or 0.0 for rate in found.total.per_position_rates],
         accepted_by_conversation=found.accepted_by_conversation,

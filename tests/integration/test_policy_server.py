@@ -83,16 +83,23 @@ def test_k_may_change_at_any_step_and_for_any_request(server):
         wish = {"vllm_xargs": {"specdec": ("off", "auto", 1, 2)[number % 4]}} if number % 3 == 0 else {}
         return client.complete(PROMPTS[number % 6], **wish) == plain[number % 6]
 
+    def has_seen_all() -> bool:
+        return {"0", "1", "2", "3"} <= set(client.status()["k_histogram"])
+
     with ThreadPoolExecutor(5) as pool:
         changes = pool.submit(change)
+        give_up_sec = time.monotonic() + 60
         try:
             same = list(pool.map(ask, range(24)))
+            while not has_seen_all() and time.monotonic() < give_up_sec:  # a K may fall between a slow machine's steps
+                same += pool.map(ask, range(24))
         finally:
             is_over.set()
         changes.result()
     assert all(same), same
+    assert has_seen_all()
     status = client.status()
-    assert {"0", "1", "2", "3"} <= set(status["k_histogram"]) and status["totals"]["num_accepted_tokens"] > 0
+    assert status["totals"]["num_accepted_tokens"] > 0
     assert status["totals"]["policy_failures"] == 0 and status["mode"] != "safe"
 
 

@@ -100,8 +100,9 @@ def preset_batch(logits) -> FeatureBatch:
         aux_hidden_BTAH=torch.zeros(1, length, 0, 5),
         final_hidden_BTH=logits[None],
         loss_mask_BT=torch.ones(1, length, dtype=torch.bool),
-        lengths_B=torch.tensor([length]),
-        begins_B=torch.zeros(1, dtype=torch.long),
+        positions_BT=torch.arange(length)[None],
+        starts_BT=torch.zeros(1, length, dtype=torch.long),
+        ends_BT=torch.full((1, length), length),
         logsumexp_BT=logits.logsumexp(-1)[None],
         argmax_BT=logits.argmax(-1)[None],
     )

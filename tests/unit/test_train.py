@@ -94,7 +94,7 @@ def test_every_head_trains_from_the_command_line(workspace, tmp_path, head):
     [
         (signal.SIGINT, "eagle3", []),
         *((signal.SIGKILL, head, []) for head in list_heads()),
-        (signal.SIGKILL, "eagle3", ["train.optimizer=muon", "train.ema=0.9"]),
+        (signal.SIGKILL, "eagle3", ["train.optimizer=muon", "train.ema=0.9", "train.pack_tokens=128"]),
     ],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(workspace, tmp_path, kill, head, recipe):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import statistics
 from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draft_training import layers, selection
+from draft_training.collate import MAX_OPEN_STRIPS, strip_tokens, strips
 from draft_training.features import FeatureStore
 from draft_training.heads import list_heads
 from draft_training.recipe import Objective
 from draft_training.selection import held_out_acceptance
 from draft_training.target_model import TargetModel
 from draft_training.trainer import plan_batches
-from draft_training.windows import Coverage, anchor_positions, coverage, draw, plan_windows, tiles, whole_row
+from draft_training.windows import Coverage, Window, anchor_positions, coverage, draw, plan_windows, tiles, whole_row
 from specdec.config import TargetConfig, TrainConfig
 from specdec.device import Device
 from specdec.targets import resolve_target
@@ -36,6 +40,10 @@ def make_row(seed: int, length: int, prompt: int = 6) -> TokenRow:
         conversation_id=str(seed), prompt=str(seed), input_ids=ids, prompt_span=(0, prompt),
         think_span=(prompt, middle), answer_span=(middle, length), loss_mask=[0] * prompt + [1] * (length - prompt),
     )  # fmt: skip
+
+
+def of_length(row: int, length: int) -> Window:
+    return Window(row=row, begin=0, end=length, first=0, stop=length, num_anchors=1)
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +114,46 @@ def test_windows_of_nothing_are_refused(name, value):
 def test_each_epoch_draws_each_row_once_and_pads_little():
     rng = random.Random(0)
     lengths = [min(16000, max(60, int(rng.lognormvariate(7.2, 0.8)))) for _ in range(1500)]  # as R1 thinks
-    rows = [make_row(i, 40) for i in range(len(lengths))]
     for batch_tokens in (1024, 8192, 32768):
         config = TrainConfig(epochs=2, batch_tokens=batch_tokens)
-        stretched = [
-            [type(whole)(row=whole.row, begin=0, end=length, first=0, stop=length, num_anchors=1)]
-            for (whole,), length in zip(plan_windows(rows, config, K), lengths, strict=True)
-        ]
-        batches = plan_batches(stretched, config)
-        assert sorted(w.row for batch in batches for w in batch) == sorted([*range(len(rows))] * 2)
+        batches = plan_batches([[of_length(i, length)] for i, length in enumerate(lengths)], config)
+        assert sorted(w.row for batch in batches for w in batch) == sorted([*range(len(lengths))] * 2)
         padded = sum(max(w.num_tokens for w in batch) * len(batch) for batch in batches)
         assert sum(lengths) * 2 / padded > 0.95
         assert all(
             len(batch) == 1 or max(w.num_tokens for w in batch) * len(batch) <= batch_tokens for batch in batches
         )
+
+
+@given(st.lists(st.integers(1, 40), max_size=300), st.integers(1, 60))
+def test_strips_hold_each_window_once_and_have_no_room_for_the_next(lengths, pack_tokens):
+    windows = [of_length(i, length) for i, length in enumerate(lengths)]
+    laid = strips(windows, pack_tokens)
+    assert sorted(w.row for strip in laid for w in strip) == list(range(len(windows)))
+    assert all(len(strip) == 1 or strip_tokens(strip) <= pack_tokens for strip in laid)
+    if len(laid) <= MAX_OPEN_STRIPS:
+        assert all(
+            strip_tokens(earlier) + strip[0].num_tokens > pack_tokens
+            for i, strip in enumerate(laid)
+            for earlier in laid[:i]
+        )
+        assert strips([window for strip in laid for window in strip], pack_tokens) == laid
+    assert strips(windows, None) == [[window] for window in windows]
+
+
+def test_packed_batches_are_full_and_drawn_at_random():
+    rng = random.Random(0)
+    lengths = [min(4000, max(60, int(rng.lognormvariate(6.2, 0.8)))) for _ in range(1500)]
+    planned = [[of_length(i, length)] for i, length in enumerate(lengths)]
+    config = TrainConfig(epochs=2, batch_tokens=8192, pack_tokens=4096)
+    batches = plan_batches(planned, config)
+    assert sorted(w.row for batch in batches for w in batch) == sorted([*range(len(lengths))] * 2)
+    laid = [strips(batch, 4096) for batch in batches]
+    padded = sum(max(map(strip_tokens, each)) * len(each) for each in laid)
+    assert all(max(map(strip_tokens, each)) * len(each) <= 8192 for each in laid)
+    assert sum(lengths) * 2 / padded > 0.97 and sum(lengths) * 2 / len(batches) > 0.95 * 8192
+    spread = [max(w.num_tokens for w in batch) / min(w.num_tokens for w in batch) for batch in batches]
+    assert statistics.median(spread) > 5  # a padded batch holds rows of like length
 
 
 def test_a_broken_epoch_is_the_first_part_of_a_whole_one():

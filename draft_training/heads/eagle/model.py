@@ -69,7 +69,7 @@ class EagleHead(ChainModule):
         divisors = counts_2K[1].clamp(min=1).tolist()
         for j, (states_BQH, weight_VH) in enumerate(self.outputs(batch)):
             wanted_BQ = batch.anchors_BQ + 1 + j
-            exists_BQ = batch.anchor_mask_BQ & (wanted_BQ < batch.lengths_B[:, None])
+            exists_BQ = batch.anchor_mask_BQ & (wanted_BQ < batch.ends_BT.gather(1, batch.anchors_BQ))
             index = wanted_BQ.clamp(max=T - 1)[:, :, None].expand_as(states_BQH)
             pairs = states_BQH[exists_BQ], batch.final_hidden_BTH.gather(1, index)[exists_BQ]
             total = F.smooth_l1_loss(*pairs, reduction="sum") / states_BQH.shape[-1]

@@ -98,7 +98,7 @@ def test_unrolling_equals_decoding_the_exported_file_token_by_token(target, batc
 
 def test_the_feature_loss_is_the_smooth_l1_distance_of_every_position(target, batch):
     plain, regressing = make_head(target), make_head(target, feature_loss_weight=0.5)
-    last = int(batch.lengths_B[0]) - 1
+    last = int(batch.ends_BT[0, 0]) - 1
     wanted = 0.0
     for j, (states, _) in enumerate(plain.outputs(batch)):
         pairs = [

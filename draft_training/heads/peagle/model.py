@@ -24,7 +24,7 @@ from draft_training.layers import (
     DecoderLayer,
     FeatureFusion,
     FusedFeatureLayer,
-    causal_bias,
+    attention_bias,
     gather_anchors,
     init_layers,
     layer_config,
@@ -66,21 +66,20 @@ class PEagleHead(DraftModule, FeatureFusion):
         anchors_BQ, ids_BT = inputs.anchors_BQ, inputs.input_ids_BT
         indices_T = torch.arange(inputs.final_hidden_BTH.shape[1], device=anchors_BQ.device)
         next_ids = ids_BT[:, (indices_T + 1).clamp(max=ids_BT.shape[1] - 1)]
-        positions_BT = inputs.begins_B[:, None] + indices_T
-        positions_BQ = inputs.begins_B[:, None] + anchors_BQ
+        positions_BQ = inputs.positions_BT.gather(1, anchors_BQ)
         fused = self.fuse(inputs.aux_hidden_BTAH.flatten(-2))
         known: tuple[Tensor, ...] = (F.embedding(next_ids, self.embed_VH).float(), fused)
         masks = self._mask_states(anchors_BQ)
-        bias_BQT = causal_bias(anchors_BQ, indices_T, fused.dtype)
+        bias_BQT = attention_bias(anchors_BQ, inputs.starts_BT, fused.dtype)
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             reading, residual = self._layer_inputs(index, known)
-            prefix = attention.key_value(reading, positions_BT)
+            prefix = attention.key_value(reading, inputs.positions_BT)
             if index + 1 == len(self.layers):  # nothing reads the last layer's outputs but the anchors
                 reading, residual = gather_anchors(reading, anchors_BQ), gather_anchors(residual, anchors_BQ)
                 attended = attention(attention.query(reading, positions_BQ), prefix, [], bias_BQT)
             else:
-                attended = attention.causal(attention.query(reading, positions_BT), prefix)
+                attended = attention.causal(attention.query(reading, inputs.positions_BT), prefix, inputs.starts_BT)
             known = (layer.outputs(attended, residual),)
             masks = self._mask_layer(index, masks, prefix, positions_BQ, bias_BQT)
         yield self.norm(known[0]), self.lm_head.weight

@@ -1,0 +1,100 @@
+"""Training steps on the same rows, padded side by side and packed into strips, in turns of some steps.
+
+python -m experiments.packing.speed ROWS_DIR:TOKENS [...] [--rounds N] [--rows-each N] [--acceptance FILE] [--out FILE]
+
+TOKENS are those of a step, and of a strip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from draft_training.collate import strip_tokens, strips
+from draft_training.padding import padded_length
+from draft_training.trainer import Trainer
+from draft_training.windows import Window
+from experiments.ablations.arms import DEFAULT, Bench, arm_config, make_trainer
+from specdec.record import provenance, write_json_atomic
+
+PACKED = "packed"
+STEPS_PER_TURN = 6
+
+
+def padded_tokens(batch: list[Window], pack_tokens: int | None) -> int:
+    """What a batch's matrices hold, real or not."""
+    laid = strips(batch, pack_tokens)
+    return len(laid) * padded_length(max(map(strip_tokens, laid)))
+
+
+def turn(trainer: Trainer) -> dict[str, float]:
+    """Some steps of a run, from where it stands and around to its start."""
+    first = trainer.state.step
+    batches = [trainer.batches[i % len(trainer.batches)] for i in range(first, first + STEPS_PER_TURN)]
+    started = time.perf_counter()
+    for batch in batches:
+        trainer._train_step(batch)
+    seconds = time.perf_counter() - started
+    trainer.state.step = (first + STEPS_PER_TURN) % len(trainer.batches)
+    num_tokens = sum(map(strip_tokens, batches))
+    num_padded = sum(padded_tokens(batch, trainer.config.pack_tokens) for batch in batches)
+    return {"tok_per_sec": num_tokens / seconds, "step_tokens": num_tokens / STEPS_PER_TURN,
+            "padding": 1 - num_tokens / num_padded}  # fmt: skip
+
+
+def measure(rows_dir: Path, tokens: int, rounds: int, max_rows: int) -> dict[str, Any]:
+    """Both layouts in turn; the first turn of each does not count."""
+    bench = Bench(rows_dir, [])
+    bench.rows = {name: rows[:max_rows] for name, rows in bench.rows.items()}
+    trainers = {}
+    for arm in (DEFAULT, PACKED):
+        config = arm_config(DEFAULT, 0, [f"train.batch_tokens={tokens}"])
+        config.train.pack_tokens = tokens if arm == PACKED else None
+        trainers[arm] = make_trainer(bench, config, Path())
+    turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in trainers}
+    for number in range(rounds + 1):
+        for arm in list(trainers)[:: 1 if number % 2 else -1]:
+            found = turn(trainers[arm])
+            if number:
+                turns[arm].append(found)
+                sys.stderr.write(f"{rows_dir.name} {number}/{rounds} {arm}: {found['tok_per_sec']:.0f} tokens/s\n")
+    ratios = [p["tok_per_sec"] / d["tok_per_sec"] for p, d in zip(turns[PACKED], turns[DEFAULT], strict=True)]
+    lengths = [len(row.input_ids) for row in bench.rows["train"]]
+
+    def middle(arm: str) -> dict[str, float]:
+        return {key: statistics.median(each[key] for each in turns[arm]) for key in turns[arm][0]}
+
+    return {
+        "rows": {"count": len(lengths), "tokens_median": statistics.median(lengths), "tokens_max": max(lengths)},
+        "step_tokens": tokens,
+        "packed_over_padded": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "median": {arm: middle(arm) for arm in turns},
+        "turns": turns,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", metavar="ROWS_DIR:TOKENS")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rows-each", type=int, default=64)
+    parser.add_argument("--acceptance", type=Path, help="result.json of both arms of the ablations")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))
+    options = parser.parse_args()
+    speed = {}
+    for place in options.rows:
+        rows_dir, _, tokens = place.rpartition(":")
+        speed[place] = measure(Path(rows_dir), int(tokens), options.rounds, options.rows_each)
+    learnt = json.loads(options.acceptance.read_text())["arms"] if options.acceptance else []
+    facts = provenance(steps_per_turn=STEPS_PER_TURN)
+    write_json_atomic(options.out, {"speed": speed, "acceptance": learnt, "provenance": facts})
+    print(json.dumps({name: [found["packed_over_padded"], found["median"]] for name, found in speed.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
