@@ -55,9 +55,7 @@ def acceptance_on(config: RunConfig, directory: Path, answers: list[tuple[TokenI
         raise ValueError("the server returned no answers with their tokens: nothing to measure the head on")
     target, device = resolve_target(config.target), detect_device()
     HeadManifest.load(directory).check_target(target.fingerprint())
-    target_model = TargetModel.load(
-        target, device.dtype if config.target.dtype == "auto" else config.target.dtype, device
-    )
+    target_model = TargetModel.load(target, device.settled(config.target.dtype), device)
     head, tokenizer = open_head(directory, target_model), load_tokenizer(target)
     rows = [row_from_ids(tokenizer, str(number), *answer) for number, answer in enumerate(answers)]
     store = FeatureStore(target_model, rows, head.aux_layer_ids, 0)

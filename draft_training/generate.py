@@ -48,7 +48,7 @@ def engine_settings(
     """vLLM's engine arguments, without the model; ``dtype`` may be auto."""
     max_model_len = min(target.max_position_embeddings, longest_prompt + traces.max_new_tokens)
     return {
-        "dtype": device.dtype if dtype == "auto" else dtype,
+        "dtype": device.settled(dtype),
         "max_model_len": max_model_len,
         "max_num_seqs": traces.max_num_seqs,
         # Whole prompts only: a seeded request whose prompt is prefilled in chunks kills vLLM 0.32's CPU engine.

@@ -140,9 +140,8 @@ def _train_rows(
     from draft_training.trainer import Trainer
 
     device = detect_device()
-    dtype = device.dtype if config.target.dtype == "auto" else config.target.dtype
     torch.manual_seed(config.train.seed)
-    target_model = TargetModel.load(target, dtype, device)
+    target_model = TargetModel.load(target, device.settled(config.target.dtype), device)
     started = time.monotonic()
     stores = _filled_stores(config, target, target_model, aux_layer_ids, splits, processes)
     feature_sec = time.monotonic() - started

@@ -31,6 +31,10 @@ class Device:
         """
         return "bfloat16" if self.native_bf16 else "float32"
 
+    def settled(self, dtype: str) -> str:
+        """The dtype that was asked for, or in place of "auto" this device's."""
+        return self.dtype if dtype == "auto" else dtype
+
 
 def detect_device() -> Device:
     """CUDA when the NVIDIA driver is there, else this CPU."""

@@ -84,8 +84,7 @@ class Bench:
         from draft_training.target_model import TargetModel
 
         if not self._stores:
-            dtype = self.device.dtype if self.base.target.dtype == "auto" else self.base.target.dtype
-            model = TargetModel.load(self.target, dtype, self.device)
+            model = TargetModel.load(self.target, self.device.settled(self.base.target.dtype), self.device)
             max_bytes = int(self.base.train.feature_cache_gib * 2**30)
             for name, rows in self.rows.items():
                 self._stores[name] = FeatureStore(model, rows, aux_layer_ids, max_bytes)

@@ -224,8 +224,7 @@ def _grade(measurement: Measurement, suites: list[Suite]) -> None:
 
 def _dtype(config: RunConfig, arm: Arm) -> str:
     """What the server computes in, as it said itself, else as this device would choose."""
-    said = arm.dtype or config.target.dtype
-    return detect_device().dtype if said == "auto" else said
+    return detect_device().settled(arm.dtype or config.target.dtype)
 
 
 def _plain_step_bound_sec(config: RunConfig, arms: dict[str, Arm]) -> float | None:

@@ -65,3 +65,9 @@ def test_a_cpu_server_uses_the_compile_cache_that_works(monkeypatch, tmp_path: P
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     chosen = vllm_environment(cpu, existing={"TORCHINDUCTOR_CACHE_DIR": "/mine", "VLLM_USE_AOT_COMPILE": "1"})
     assert not {"TORCHINDUCTOR_CACHE_DIR", "VLLM_USE_AOT_COMPILE"} & set(chosen)
+
+
+@pytest.mark.parametrize(("native_bf16", "settled"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_becomes_this_device_s_dtype_and_nothing_else_does(native_bf16, settled):
+    device = Device(kind="cpu", core_ids=(0,), native_bf16=native_bf16)
+    assert [device.settled(dtype) for dtype in ("auto", "float16")] == [settled, "float16"]
