@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from draft_training.draft_module import DraftModule, Outputs
 from draft_training.heads import DraftInputs
-from draft_training.layers import attention_bias, gather_anchors
+from draft_training.layers import gather_anchors
 from draft_training.target_model import TargetModel
 
 
@@ -62,7 +62,8 @@ class ChainModule(DraftModule):
         next_ids = ids_BT[:, (indices_T + 1).clamp(max=last)]
         everywhere, residual = self.layer_inputs(F.embedding(next_ids, self.embed_VH).float(), self.features(inputs))
         prefix = layer.self_attn.key_value(everywhere, inputs.positions_BT)
-        bias = attention_bias(anchors_BQ, inputs.starts_BT, residual.dtype)
+        num_own = self.num_speculative_tokens - 1
+        stretches = layer.self_attn.stretches(anchors_BQ, inputs.starts_BT, num_own, residual.dtype)
         positions_BQ = inputs.positions_BT.gather(1, anchors_BQ)
         attending, residual = gather_anchors(everywhere, anchors_BQ), gather_anchors(residual, anchors_BQ)
         own: list[tuple[Tensor, Tensor]] = []
@@ -72,7 +73,7 @@ class ChainModule(DraftModule):
                 tokens_BQ = drafted if own_drafts else ids_BT.gather(1, (anchors_BQ + 1 + j).clamp(max=last))
                 attending, residual = self.layer_inputs(F.embedding(tokens_BQ, self.embed_VH).float(), hidden)
                 own.append(layer.self_attn.key_value(attending, positions_BQ + j))
-            attended = layer.self_attn(layer.self_attn.query(attending, positions_BQ + j), prefix, own, bias)
+            attended = layer.self_attn(layer.self_attn.query(attending, positions_BQ + j), prefix, own, stretches)
             states, hidden = self.finish(layer.outputs(attended, residual))
             yield states, self.output_weight
             if own_drafts:

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, Q anchors, H width, W attention input, N query heads, 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from draft_training.padding import padded_length
+
 MAX_SCORES = 2**27  # of one attention at once: with a softmax beside them a gigabyte in float32
+STRETCH_ANCHORS = 256  # scored at once, against no more keys than they can see
+
+
+class Stretch(NamedTuple):
+    """Some of a batch's anchors, and the keys that at least one of them attends to."""
+
+    anchors: slice
+    keys: slice
+    bias_BQT: Tensor  # 0 where an anchor may attend to, and as good as minus infinity elsewhere
 
 
 class PrefixAttention(nn.Module):
@@ -45,24 +56,48 @@ class PrefixAttention(nn.Module):
         v = self.v_proj(inputs_BTW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self._rope(k, positions_BT), v
 
-    def forward(
-        self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor
-    ) -> Tensor:
-        """Attend to the row's ``prefix`` under ``bias``, and to this anchor's ``own`` keys alone. Returns [B, Q, H].
+    def stretches(self, anchors_BQ: Tensor, starts_BT: Tensor, num_own: int, dtype: torch.dtype) -> list[Stretch]:
+        """The anchors, as many at once as ``STRETCH_ANCHORS`` and ``MAX_SCORES`` allow, with what they attend to."""
+        (B, Q), T = anchors_BQ.shape, starts_BT.shape[1]
+        num_heads = self.num_kv_heads * self.num_groups
+        size = max(1, min(STRETCH_ANCHORS, MAX_SCORES // (B * num_heads * (T + num_own))))
+        parts = [slice(first, first + size) for first in range(0, Q, size)]
+        starts_BQ = starts_BT.gather(1, anchors_BQ)
+        bounds = [[0, T - 1]]
+        if len(parts) > 1:
+            ends = [torch.stack([starts_BQ[:, part].min(), anchors_BQ[:, part].max()]) for part in parts]
+            bounds = torch.stack(ends).tolist()
+        found = []
+        for part, (first, last) in zip(parts, bounds, strict=True):
+            keys = slice(first, min(T, first + padded_length(last + 1 - first)))
+            seen_BQT = visible(anchors_BQ[:, part], starts_BQ[:, part], keys)
+            bias_BQT = torch.zeros_like(seen_BQT, dtype=dtype).masked_fill_(~seen_BQT, torch.finfo(dtype).min)
+            found.append(Stretch(part, keys, bias_BQT))
+        return found
 
-        More than ``MAX_SCORES`` are made in chunks of anchors, and made again for the gradient.
+    def forward(
+        self,
+        q_BNQD: Tensor,
+        prefix: tuple[Tensor, Tensor],
+        own: list[tuple[Tensor, Tensor]],
+        stretches: list[Stretch],
+    ) -> Tensor:
+        """Attend to the row's ``prefix`` and to this anchor's ``own`` keys alone. Returns [B, Q, H].
+
+        More than ``MAX_SCORES`` in all are made again for the gradient, stretch by stretch.
         """
-        B, N, Q, _ = q_BNQD.shape
-        size = max(1, MAX_SCORES // (B * N * (prefix[0].shape[2] + len(own))))
-        if size >= Q:
-            return self.o_proj(self._mix(q_BNQD, prefix, own, bias_BQT))
-        chunks = []
-        for start in range(0, Q, size):
-            part = slice(start, start + size)
+        B, N, _, _ = q_BNQD.shape
+        num_scores = B * N * sum(s.bias_BQT.shape[1] * (s.bias_BQT.shape[2] + len(own)) for s in stretches)
+        mixed = []
+        for part, keys, bias_BQT in stretches:
             own_part = [(key[:, :, part], value[:, :, part]) for key, value in own]
-            arguments = q_BNQD[:, :, part], prefix, own_part, bias_BQT[:, part]
-            chunks.append(checkpoint(self._mix, *arguments, use_reentrant=False, preserve_rng_state=False))
-        return self.o_proj(torch.cat(chunks, dim=1))
+            prefix_part = prefix[0][:, :, keys], prefix[1][:, :, keys]
+            arguments = q_BNQD[:, :, part], prefix_part, own_part, bias_BQT
+            if num_scores <= MAX_SCORES:
+                mixed.append(self._mix(*arguments))
+            else:
+                mixed.append(checkpoint(self._mix, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return self.o_proj(torch.cat(mixed, dim=1))
 
     def _mix(
         self, q_BNQD: Tensor, prefix: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], bias_BQT: Tensor
@@ -90,8 +125,9 @@ class PrefixAttention(nn.Module):
         keys, values = (part.repeat_interleave(self.num_groups, dim=1) for part in prefix)
         mask = None
         if starts_BT.any():
-            indices_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
-            mask = visible(indices_T.expand_as(starts_BT), starts_BT)[:, None]
+            T = starts_BT.shape[1]
+            everywhere_BT = torch.arange(T, device=starts_BT.device).expand_as(starts_BT)
+            mask = visible(everywhere_BT, starts_BT, slice(0, T))[:, None]
         mixed = F.scaled_dot_product_attention(q_BNTD, keys, values, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -149,17 +185,10 @@ def gather_anchors(states_BTH: Tensor, anchors_BQ: Tensor) -> Tensor:
     return states_BTH.gather(1, anchors_BQ[:, :, None].expand(-1, -1, states_BTH.shape[-1]))
 
 
-def visible(anchors_BQ: Tensor, starts_BT: Tensor) -> Tensor:
-    """[B, Q, T]: what an anchor may attend to, from where its row starts up to itself."""
-    indices_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
-    starts_BQ = starts_BT.gather(1, anchors_BQ)
+def visible(anchors_BQ: Tensor, starts_BQ: Tensor, keys: slice) -> Tensor:
+    """[B, Q, keys]: what an anchor may attend to, from where its row starts up to itself."""
+    indices_T = torch.arange(keys.start, keys.stop, device=anchors_BQ.device)
     return (indices_T <= anchors_BQ[:, :, None]) & (indices_T >= starts_BQ[:, :, None])
-
-
-def attention_bias(anchors_BQ: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, Q, T]: 0 where an anchor may attend to, and as good as minus infinity elsewhere."""
-    hidden = ~visible(anchors_BQ, starts_BT)
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def layer_config(target_config: Any, architecture: str, num_layers: int, intermediate_size: int | None) -> Any:

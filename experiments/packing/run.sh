@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rows padded side by side or packed into strips (train.pack_tokens): which trains faster, on short rows and on long ones,
-# and which learns more from the same epochs? About 20 minutes on 2 cores, resumable (rm -r runs/packing starts anew).
+# and which learns more from the same epochs? And what is gained where only the keys are scored that can be seen? About 20 minutes on 2 cores, resumable (rm -r runs/packing starts anew).
 #   experiments/packing/run.sh [SEEDS [SHORT_ROWS [LONG_ROWS]]]     (default: 3, the demo's rows, those of r1_traces/run.sh)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from draft_training.exported import acceptance_on, open_head
-from draft_training.features import FeatureStore, anchor_positions
+from draft_training.features import FeatureStore
 from draft_training.heads import list_heads, load_head
 from draft_training.padding import padded_length
 from draft_training.recipe import Objective
@@ -19,6 +19,7 @@ from draft_training.recompute import recompute_activations
 from draft_training.reference import greedy_decode, speculative_decode
 from draft_training.selection import accepted_prefix, held_out_acceptance, walk
 from draft_training.target_model import TargetModel
+from draft_training.windows import anchor_positions
 from specdec.config import HeadConfig, RunConfig, TargetConfig
 from specdec.device import Device
 from specdec.doctor import diagnose

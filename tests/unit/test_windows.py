@@ -218,16 +218,35 @@ def test_a_bounded_prefix_keeps_true_positions_and_full_features(head, target):
         assert all(asked_for([t + j for t in anchors]) for j in range(K))  # queries of each draft position
 
 
-def test_scores_in_chunks_give_the_same_loss_and_gradient(head, target, monkeypatch):
+@pytest.mark.parametrize("pack_tokens", [None, 100])
+@pytest.mark.parametrize(("name", "limit"), [("MAX_SCORES", 1500), ("STRETCH_ANCHORS", 7)])
+def test_attention_in_stretches_gives_the_same_loss_and_gradient(head, target, monkeypatch, name, limit, pack_tokens):
     store = FeatureStore(target, [make_row(5, 50), make_row(6, 33)], head.aux_layer_ids, 2**30)
+    windows = [whole_row(i, row) for i, row in enumerate(store.rows)]
     found = []
-    for limit in (layers.MAX_SCORES, 1500):
-        monkeypatch.setattr(layers, "MAX_SCORES", limit)
+    for each in (getattr(layers, name), limit):
+        monkeypatch.setattr(layers, name, each)
         head.zero_grad()
-        loss = head.compute_loss(store.batch([0, 1]), Objective(step_decay=0.8)).loss
+        loss = head.compute_loss(store.window_batch(windows, pack_tokens=pack_tokens), Objective(step_decay=0.8)).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in head.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_what_no_anchor_of_a_stretch_can_see_is_not_scored(target, monkeypatch):
+    head = shaken_head("eagle3", target, K)
+    store = FeatureStore(target, [make_row(5, 400), make_row(6, 400)], head.aux_layer_ids, 2**30)
+    windows = [whole_row(i, row) for i, row in enumerate(store.rows)]
+    monkeypatch.setattr(layers, "STRETCH_ANCHORS", 50)
+
+    def num_scored(pack_tokens: int | None) -> int:
+        batch = store.window_batch(windows, pack_tokens=pack_tokens)
+        stretches = head.layers[0].self_attn.stretches(batch.anchors_BQ, batch.starts_BT, K - 1, torch.float32)
+        assert sum(stretch.bias_BQT.shape[1] for stretch in stretches) == batch.anchors_BQ.shape[1]
+        return sum(stretch.bias_BQT.numel() for stretch in stretches)
+
+    assert num_scored(None) < 0.65 * 2 * 400 * 400  # dense: all of both rows
+    assert num_scored(1000) < 0.35 * 800 * 800  # dense: all of the strip
 
 
 class Largest(TorchDispatchMode):

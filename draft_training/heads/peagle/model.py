@@ -24,7 +24,7 @@ from draft_training.layers import (
     DecoderLayer,
     FeatureFusion,
     FusedFeatureLayer,
-    attention_bias,
+    Stretch,
     gather_anchors,
     init_layers,
     layer_config,
@@ -70,18 +70,20 @@ class PEagleHead(DraftModule, FeatureFusion):
         fused = self.fuse(inputs.aux_hidden_BTAH.flatten(-2))
         known: tuple[Tensor, ...] = (F.embedding(next_ids, self.embed_VH).float(), fused)
         masks = self._mask_states(anchors_BQ)
-        bias_BQT = attention_bias(anchors_BQ, inputs.starts_BT, fused.dtype)
+        first: Any = self.layers[0]
+        num_masks = self.num_speculative_tokens - 1
+        stretches = first.self_attn.stretches(anchors_BQ, inputs.starts_BT, num_masks, fused.dtype)
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             reading, residual = self._layer_inputs(index, known)
             prefix = attention.key_value(reading, inputs.positions_BT)
             if index + 1 == len(self.layers):  # nothing reads the last layer's outputs but the anchors
                 reading, residual = gather_anchors(reading, anchors_BQ), gather_anchors(residual, anchors_BQ)
-                attended = attention(attention.query(reading, positions_BQ), prefix, [], bias_BQT)
+                attended = attention(attention.query(reading, positions_BQ), prefix, [], stretches)
             else:
                 attended = attention.causal(attention.query(reading, inputs.positions_BT), prefix, inputs.starts_BT)
             known = (layer.outputs(attended, residual),)
-            masks = self._mask_layer(index, masks, prefix, positions_BQ, bias_BQT)
+            masks = self._mask_layer(index, masks, prefix, positions_BQ, stretches)
         yield self.norm(known[0]), self.lm_head.weight
         for (states_BQH,) in masks:
             yield self.norm(states_BQH), self.lm_head.weight
@@ -98,7 +100,7 @@ class PEagleHead(DraftModule, FeatureFusion):
         masks: list[tuple[Tensor, ...]],
         prefix: tuple[Tensor, Tensor],
         positions_BQ: Tensor,
-        bias_BQT: Tensor,
+        stretches: list[Stretch],
     ) -> list[tuple[Tensor, ...]]:
         """One layer over the masks of every anchor."""
         layer: Any = self.layers[index]
@@ -107,7 +109,7 @@ class PEagleHead(DraftModule, FeatureFusion):
         for m, states in enumerate(masks, start=1):
             reading, residual = self._layer_inputs(index, states)
             own.append(layer.self_attn.key_value(reading, positions_BQ + m))
-            attended = layer.self_attn(layer.self_attn.query(reading, positions_BQ + m), prefix, own, bias_BQT)
+            attended = layer.self_attn(layer.self_attn.query(reading, positions_BQ + m), prefix, own, stretches)
             after.append((layer.outputs(attended, residual),))
         return after
 
