@@ -6,6 +6,7 @@ attention reaches from a token back to where its own row starts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -61,8 +62,8 @@ def collate(
     }
     placed: list[list[tuple[Window, int]]] = []  # a strip's windows, and the index where each starts
     for strip in strips(windows, pack_tokens):
-        starts = [strip_tokens(strip[:i]) for i in range(len(strip))]
-        placed.append(list(zip(strip, starts, strict=True)))
+        ends = itertools.accumulate(window.num_tokens for window in strip)
+        placed.append([(window, end - window.num_tokens) for window, end in zip(strip, ends, strict=True)])
 
     def lay(piece: Callable[[Window, int], Tensor]) -> Tensor:
         whole = [torch.cat([piece(*place).to(device) for place in strip]) for strip in placed]

@@ -1,7 +1,8 @@
 """Training steps on the same rows in turn: padded side by side, packed into strips, and padded with positions scored
 against all others ("dense"), also those that it can't see.
 
-python -m experiments.packing.speed ROWS_DIR:TOKENS [...] [--rounds N] [--rows-each N] [--acceptance FILE] [--out FILE]
+python -m experiments.packing.speed ROWS_DIR:TOKENS [...] [--rounds N] [--rows-each N] [--acceptance FILE]
+    [--work DIR] [--out FILE]
 
 TOKENS are those of a step, and of a strip.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from draft_training.padding import padded_length
 from draft_training.trainer import Trainer
 from draft_training.windows import Window
 from experiments.ablations.arms import DEFAULT, Bench, arm_config, make_trainer
+from specdec.progress import progress_bar
 from specdec.record import provenance, write_json_atomic
 
 PADDED, PACKED, DENSE = "padded", "packed", "dense"
@@ -60,12 +61,12 @@ def measure(rows_dir: Path, tokens: int, rounds: int, max_rows: int) -> dict[str
         trainers[arm] = make_trainer(bench, config, Path())
     trainers[DENSE], stretch_anchors = trainers[PADDED], layers.STRETCH_ANCHORS
     turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in trainers}
-    for number in range(rounds + 1):
-        for arm in list(trainers)[:: 1 if number % 2 else -1]:
-            found = turn(trainers[arm], number * STEPS_PER_TURN, EVERYTHING if arm == DENSE else stretch_anchors)
-            if number:
-                turns[arm].append(found)
-                sys.stderr.write(f"{rows_dir.name} {number}/{rounds} {arm}: {found['tok_per_sec']:.0f} tokens/s\n")
+    with progress_bar(f"steps of {tokens} tokens", (rounds + 1) * len(trainers)) as advance:
+        for number in range(rounds + 1):
+            for arm in list(trainers)[:: 1 if number % 2 else -1]:
+                found = turn(trainers[arm], number * STEPS_PER_TURN, EVERYTHING if arm == DENSE else stretch_anchors)
+                turns[arm] += [found] if number else []
+                advance(1, f"{arm} {found['tok_per_sec']:.0f} tokens/s")
     lengths = [len(row.input_ids) for row in bench.rows["train"]]
 
     def over_padded(arm: str) -> dict[str, float]:
@@ -91,12 +92,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--rows-each", type=int, default=64)
     parser.add_argument("--acceptance", type=Path, help="result.json of both arms of the ablations")
+    parser.add_argument("--work", type=Path, default=Path("runs/packing"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))
     options = parser.parse_args()
     speed = {}
     for place in options.rows:
         rows_dir, _, tokens = place.rpartition(":")
-        speed[place] = measure(Path(rows_dir), int(tokens), options.rounds, options.rows_each)
+        kept = options.work / f"speed-{tokens}.json"
+        if not kept.is_file():  # what an interrupted run has measured stays
+            write_json_atomic(kept, measure(Path(rows_dir), int(tokens), options.rounds, options.rows_each))
+        speed[place] = json.loads(kept.read_text())
     learnt = json.loads(options.acceptance.read_text())["arms"] if options.acceptance else []
     facts = provenance(steps_per_turn=STEPS_PER_TURN)
     write_json_atomic(options.out, {"speed": speed, "acceptance": learnt, "provenance": facts})

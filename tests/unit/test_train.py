@@ -197,6 +197,7 @@ def test_a_vocabulary_chosen_by_coverage_is_as_small_as_it_may_be(workspace, tmp
         ("train.epochs=0", r"train\.epochs must be a number above 0"),
         ("train.epochs=.inf", r"train\.epochs must be a number above 0"),
         ("train.survival_floor=2", r"train\.survival_floor must be from 0 to 1"),
+        ("train.pack_tokens=0", r"train\.pack_tokens must be at least 1"),
         ("train.lm_head_lr_scale=-1", r"train\.lm_head_lr_scale must not be negative"),
         ("head.options.draft_vocab_coverage=99", r"draft_vocab_coverage is a share above 0 and up to 1, got 99"),
     ],
