@@ -31,6 +31,7 @@ from serving.engine_status import (
 )
 from serving.guard import MAX_BYTES_VARIABLE, RequestGuard, max_request_bytes, refusal
 from serving.head_check import RunningHead
+from serving.kept_policy import keep_policy
 from serving.policy import parse_policy
 from serving.prometheus import FreshMetrics, StatusCollector
 from specdec.config import TargetConfig
@@ -136,7 +137,9 @@ class SpecdecEndpoints:
         if width is not None and widest is not None and width > widest:
             raise BadPolicyError(f"policy {policy} asks for more draft tokens than this server's {widest}")
         assert self.engine is not None  # status() has said so
-        return JSONResponse({"policy": (await self.engine.set_policy(policy)).get("policy")}, headers=NO_STORE)
+        status = await self.engine.set_policy(policy)
+        keep_policy(policy)
+        return JSONResponse({"policy": status.get("policy")}, headers=NO_STORE)
 
     async def post_head(self, request: Request) -> Response:
         """``POST /specdec/head``: the head in a directory drafts from the next step on, and is watched.

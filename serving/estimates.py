@@ -9,6 +9,7 @@ from itertools import accumulate
 
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 UNDISTURBED = 10  # one in so many steps is undisturbed
+DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
@@ -93,7 +94,8 @@ class StepTimes:
     size moves with it, as soon as its own is that of a full window of such steps; before, it still moves because it
     becomes more certain. How far the served time has moved since another was measured tells how little that one is
     still worth: not every change is the machine's, and the first steps may have met one that was busy. And since a
-    step that drafts more does more, a narrower step never counts as slower than a wider one: it was disturbed then.
+    step that drafts more does more, a narrower step never counts as slower than a wider one, nor a plain one as slower
+    than ``DRAFTING`` allows: it was disturbed then.
     """
 
     window: int
@@ -106,7 +108,7 @@ class StepTimes:
     def observe(self, batch: int, num_draft_tokens: int, seconds: float, is_trial: bool = False) -> None:
         """A step took so long; ``is_trial``: with a K that is not being served."""
         key = bucket(batch), num_draft_tokens
-        seconds /= self._share_of_full(batch, num_draft_tokens)
+        seconds /= self._share_of_full(batch)
         last = self._last.setdefault(key, deque(maxlen=self.window))
         before = self._typical.get(key, 0.0)
         last.append(seconds)
@@ -127,11 +129,15 @@ class StepTimes:
                     self._typical[other] *= factor
                     self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
 
-    def _share_of_full(self, batch: int, num_draft_tokens: int) -> float:
-        """How long a step takes beside one of the full batch size, by how much longer that one takes than a half."""
+    def _share_of_full(self, batch: int) -> float:
+        """How long a step takes beside one of the full batch size, by how much longer that one takes than a half.
+
+        One figure for all K: each K's own, from few steps, would favour the K with the largest error.
+        """
         size = bucket(batch)
-        full, half = (self._typical.get((each, num_draft_tokens)) for each in (size, size // 2))
-        growth = min(1.0, max(0.0, 2 * (1 - half / full))) if half and full else UNKNOWN_GROWTH
+        widths = [k for each, k in self._typical if each == size and (size // 2, k) in self._typical]
+        full, half = (sum(self._typical[each, k] for k in widths) for each in (size, size // 2))
+        growth = min(1.0, max(0.0, 2 * (1 - half / full))) if full else UNKNOWN_GROWTH
         return 1 - growth * (1 - batch / size)
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
@@ -157,18 +163,28 @@ class StepTimes:
         return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)
 
     def estimate(self, batch: int, num_draft_tokens: int) -> float | None:
-        """Seconds; between two measured widths by a straight line, None outside them."""
+        """Seconds; None outside the widths that were measured."""
+        return self.estimates(batch, num_draft_tokens)[num_draft_tokens]
+
+    def estimates(self, batch: int, max_draft_tokens: int) -> list[float | None]:
+        """Seconds of each K from 0 on; between two measured widths by a straight line, None outside them."""
         size = bucket(batch)
         row = sorted((k, self._typical[each, k]) for each, k in self._typical if each == size)
         rising = list(accumulate((seconds for _, seconds in reversed(row)), min))[::-1]
         row = [(k, seconds) for (k, _), seconds in zip(row, rising, strict=True)]
-        below = [item for item in row if item[0] <= num_draft_tokens]
-        above = [item for item in row if item[0] >= num_draft_tokens]
-        if not below or not above:
-            return None
-        (k0, t0), (k1, t1) = below[-1], above[0]
-        seconds = t0 if k0 == k1 else t0 + (t1 - t0) * (num_draft_tokens - k0) / (k1 - k0)
-        return seconds * self._share_of_full(batch, num_draft_tokens)
+        if len(row) > 1 and row[0][0] == 0:
+            row[0] = (0, min(row[0][1], row[1][1] / DRAFTING))
+        share = self._share_of_full(batch)
+        return [_on_line(row, k, share) for k in range(max_draft_tokens + 1)]
+
+
+def _on_line(row: list[tuple[int, float]], width: int, share: float) -> float | None:
+    below = [item for item in row if item[0] <= width]
+    above = [item for item in row if item[0] >= width]
+    if not below or not above:
+        return None
+    (k0, t0), (k1, t1) = below[-1], above[0]
+    return share * (t0 if k0 == k1 else t0 + (t1 - t0) * (width - k0) / (k1 - k0))
 
 
 def bucket(batch: int) -> int:

@@ -174,8 +174,8 @@ class Policy:
         self._num_probes += 1
         if self._num_probes % 2:
             return self.max_draft_tokens
-        goodputs = {k: self.goodput(batch, k) or 0.0 for k in range(1, self.max_draft_tokens + 1)}
-        return max(goodputs, key=lambda k: goodputs[k])
+        goodputs = self._goodputs(batch)
+        return max(range(1, self.max_draft_tokens + 1), key=lambda k: goodputs[k] or 0.0)
 
     def _affordable_recheck(self, batch: int, width: int) -> int:
         """Steps of which a trial of this K costs ``recheck_share``, by what is known of it; at most the longest."""
@@ -186,8 +186,13 @@ class Policy:
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
         """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""
-        seconds = self.times.estimate(self.times.nearest(batch, self.max_draft_tokens), num_draft_tokens)
-        return self.acceptance.expected_tokens(num_draft_tokens) / seconds if seconds else None
+        return self._goodputs(batch)[num_draft_tokens]
+
+    def _goodputs(self, batch: int) -> list[float | None]:
+        """Of each K."""
+        size = self.times.nearest(batch, self.max_draft_tokens)
+        seconds = self.times.estimates(size, self.max_draft_tokens)
+        return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
 
     def _next_width(self, batch: int) -> int:
         """The K that is to be timed again: of those that are not served the one with most to hope for."""
@@ -202,7 +207,7 @@ class Policy:
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
-        times = [self.times.estimate(batch, k) for k in range(width + 1)]
+        times = self.times.estimates(batch, width)
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
             return False
@@ -253,8 +258,7 @@ class Policy:
         return width
 
     def _decide(self, batch: int, after_trial: bool = False) -> None:
-        goodputs = {k: self.goodput(batch, k) for k in range(self.max_draft_tokens + 1)}
-        known = {k: value for k, value in goodputs.items() if value is not None}
+        known = {k: value for k, value in enumerate(self._goodputs(batch)) if value is not None}
         if not known:
             return
         before, now = self.chosen, known.get(self.chosen)

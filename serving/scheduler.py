@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.control import Control
+from serving.kept_policy import kept_policy
 from serving.monitor import Monitor, SpanTracker
 from serving.policy import Policy, parse_policy
 from serving.traffic import TrafficLog
@@ -190,10 +191,9 @@ def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None
 def _control(num_spec_tokens: int) -> Control:
     settings = json.loads(os.environ.get(POLICY_VARIABLE) or "{}")
     rates = [rate for rate in settings.get("conditional_rates") or () if rate is not None]
-    policy = None
-    if num_spec_tokens:
-        policy = Policy(num_spec_tokens, rates)
-        policy.set_mode(*parse_policy(settings.get("policy") or "auto"))
+    policy = Policy(num_spec_tokens, rates) if num_spec_tokens else None
+    if policy is not None:
+        policy.set_mode(*parse_policy(kept_policy() or settings.get("policy") or "auto"))
     spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())
     keep = settings.get("traffic")
     traffic = TrafficLog(Path(keep["directory"]), keep["share"], keep["max_bytes"]) if keep else None

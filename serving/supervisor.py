@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from enum import Enum, auto
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from serving.engine_status import FACTS_VARIABLE
+from serving.kept_policy import VARIABLE as KEPT_POLICY_VARIABLE
 from serving.launch import ServerPlan
 from serving.process import RunningServer, stop_signals
 from serving.sockets import check_port_free
@@ -255,13 +257,16 @@ def supervise(
     except OSError as error:
         raise ValueError(f"cannot write the log {log_path}: {error.strerror}") from error
 
-    def spawn(planned: ServerPlan) -> RunningServer:
-        return RunningServer(planned, sink, settings.drain_sec, log_path)
-
     try:
-        supervisor = Supervisor(plan, fallback, settings, spawn, on_ready, reason=reason)
-        with stop_signals(supervisor.stop):
-            return supervisor.run()
+        with tempfile.TemporaryDirectory(prefix="specdec-") as kept:
+
+            def spawn(planned: ServerPlan) -> RunningServer:
+                env = {**planned.env, KEPT_POLICY_VARIABLE: str(Path(kept, "policy"))}
+                return RunningServer(dataclasses.replace(planned, env=env), sink, settings.drain_sec, log_path)
+
+            supervisor = Supervisor(plan, fallback, settings, spawn, on_ready, reason=reason)
+            with stop_signals(supervisor.stop):
+                return supervisor.run()
     finally:
         if log_path is not None:
             sink.close()

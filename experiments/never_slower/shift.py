@@ -25,8 +25,8 @@ from specdec.evaluation.suites import load_suite
 from specdec.progress import progress_bar
 from specdec.record import provenance, write_json_atomic
 
-CONCURRENCY = 4  # where a draft must gain two thirds of a token to pay
-NUM_PROMPTS = 48  # of each phase
+CONCURRENCY = 8  # where a draft must gain most of a token to pay
+NUM_PROMPTS = 96  # of each phase
 TOKENS = 96
 # Nothing of it was in the head's training: other languages and free text.
 TOPICS = (
@@ -35,6 +35,7 @@ TOPICS = (
 )  # fmt: skip
 FOREIGN = (
     "Écris une courte histoire sur {}.", "Raconte un rêve étrange sur {}.", "Compose un poème en prose sur {}.",
+    "Décris en détail {}.", "Imagine un dialogue sur {}.", "Écris une lettre d'amour à propos de ceci : {}.",
 )  # fmt: skip
 
 

@@ -42,10 +42,15 @@ def servers(head: Path, random_head: Path, num_seqs: int) -> tuple[list[ArmSpec]
         options[name] = {"head": str(path), "serve.policy": "auto"}
     for width in range(1, HeadManifest.load(head).num_speculative_tokens + 1):
         options[f"k{width}"] = {"head": str(head), "serve.policy": f"fixed:{width}"}
+    return [ArmSpec(name=name, options=each) for name, each in options.items()], server_config(num_seqs)
+
+
+def server_config(num_seqs: int) -> RunConfig:
+    """Of servers that share the machine."""
     config = RunConfig()
     config.serve.health_timeout_sec = 3600  # a server that is frozen answers no health check
     config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, num_seqs, 1
-    return [ArmSpec(name=name, options=each) for name, each in options.items()], config
+    return config
 
 
 def randomised(head: Path, directory: Path) -> Path:
@@ -99,7 +104,7 @@ async def measure_load(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     loads = [(concurrency, temperature) for temperature in TEMPERATURES for concurrency in LOADS]

@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.never_slower.verdict import ratio
+from experiments.plain_tax.tax import PASSES, WORK, load_path
 from specdec.record import write_json_atomic
 
-OUT, WORK = Path(__file__).with_name("result.json"), Path("runs/plain_tax")
+OUT = Path(__file__).with_name("result.json")
 
 
 def main() -> None:
-    tax, resume = (json.loads((WORK / name / "result.json").read_text()) for name in ("tax", "resume"))
+    resume = json.loads((WORK / "resume" / "result.json").read_text())
     found: dict[str, Any] = {"speed_against_plain": {}, "acceptance": {}}
-    for cell in tax["cells"]:
-        found["speed_against_plain"][cell["name"]] = {
-            arm: [each["speedup_median"], *(each["speedup_ci95"] or ())] for arm, each in cell["comparisons"].items()
+    for concurrency in PASSES:
+        load = json.loads(load_path(concurrency).read_text())
+        found["speed_against_plain"][f"c{concurrency}"] = {
+            arm: ratio(load, arm, "plain") for arm in load["work"] if arm != "plain"
         }
     (cell,) = resume["cells"]
     for name, arm in cell["arms"].items():
@@ -24,7 +27,7 @@ def main() -> None:
         keys = ("acceptance_length", "conditional_rates", "num_drafts", "draft_width_histogram")
         found["acceptance"][name] = {key: acceptance[key] for key in keys}
     found["greedy_identity_rate"] = {
-        row["arm"]: row["greedy_identity_rate"] for result in (tax, resume) for row in result["losslessness"]["greedy"]
+        row["arm"]: row["greedy_identity_rate"] for row in resume["losslessness"]["greedy"]
     }
     found["provenance"] = resume["provenance"]
     write_json_atomic(OUT, found)

@@ -260,11 +260,13 @@ def engine_core(session: int) -> int:
     return int(entry.split()[0])
 
 
-def test_an_engine_that_is_killed_under_load_or_hangs_serves_again_and_leaves_nothing(
+def test_an_engine_that_is_killed_under_load_and_then_hangs_serves_again_at_last_plain_and_leaves_nothing(
     tiny_target: Target, tmp_path: Path
 ):
-    options = ("--target", tiny_target.name, "--no-speculation", "--set", "serve.health_timeout_sec=5", *TINY_OPTIONS)
+    head = str(write_head(tiny_target, tmp_path))
+    options = ("--target", tiny_target.name, "--head", head, "--set", "serve.health_timeout_sec=5", *TINY_OPTIONS)
     with started(tmp_path, *options) as (process, facts):
+        httpx.put(f"{facts['url']}/specdec/policy", content="fixed:2", trust_env=False).raise_for_status()
         url, answers = f"{facts['url']}/v1/completions", []
         body = {"model": facts["model"], "prompt": [7] * 8, "max_tokens": 240, "ignore_eos": True, "n": 8}
 
@@ -292,9 +294,13 @@ def test_an_engine_that_is_killed_under_load_or_hangs_serves_again_and_leaves_no
         assert again == facts
         assert processes_of_session(first) == []
         check_chat(again)
+        assert status(again).items() >= {"mode": "fixed", "policy": "fixed:2", "head": "eagle3"}.items()
         os.kill(engine_core(session_of(process)), signal.SIGSTOP)  # hangs: vLLM's own health check sees nothing
-        assert next_ready_line(process, tmp_path) == facts
-        check_chat(facts)
+        plain = next_ready_line(process, tmp_path)
+        assert (plain["url"], plain["mode"], plain["head"]) == (facts["url"], "plain", None)
+        assert "failed 2 times in a row, at last: vLLM gave no healthy answer for 5 s" in plain["reason"]
+        check_chat(plain)
+        assert status(plain).items() >= {"mode": "plain", "reason": plain["reason"]}.items()
         second = session_of(process)
         os.kill(process.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10

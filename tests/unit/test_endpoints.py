@@ -15,6 +15,7 @@ import pytest
 from serving import endpoints
 from serving.endpoints import SpecdecEndpoints, live_page, read_policy
 from serving.engine_status import KEYS, EngineStatus, EngineUnavailableError, read_facts
+from serving.kept_policy import VARIABLE, kept_policy
 from tests.fake_engine import FakeEngineClient, make_app, make_status, plain_status
 
 
@@ -69,6 +70,17 @@ def test_policy_is_read_and_set():
     assert (response.status_code, response.json()) == (200, {"policy": "fixed:2"})
     assert client.commands[-1] == {"command": "policy", "policy": "fixed:2"}
     assert ask(app, "GET", "/specdec/policy").json() == {"policy": "fixed:2"}
+
+
+def test_only_a_policy_that_was_set_is_kept_for_the_next_start(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "policy"))
+    app, _ = make_app(FakeEngineClient(make_status()))
+    assert ask(app, "PUT", "/specdec/policy", content="fixed:99").status_code == 400 and kept_policy() is None
+    assert ask(app, "PUT", "/specdec/policy", content="off").status_code == 200 and kept_policy() == "off"
+    monkeypatch.setenv(
+        VARIABLE, str(tmp_path / "gone" / "policy")
+    )  # it can't be written: the policy is set all the same
+    assert ask(app, "PUT", "/specdec/policy", content="auto").json() == {"policy": "auto"} and kept_policy() is None
 
 
 @pytest.mark.parametrize("body", [b"off", b" off\n", b'"off"', b'{"policy": "off"}'])

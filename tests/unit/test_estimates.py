@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.estimates import AcceptanceModel, StepTimes, bucket
+from serving.estimates import DRAFTING, AcceptanceModel, StepTimes, bucket
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
@@ -37,7 +37,10 @@ def test_a_narrower_step_is_never_slower_than_a_wider_one():
     times = StepTimes(window=20)
     for width, seconds in enumerate([0.02, 0.05, 0.03, 0.04]):
         times.observe(4, width, seconds)
-    assert [times.estimate(4, width) for width in range(4)] == pytest.approx([0.02, 0.03, 0.03, 0.04])
+    assert times.estimates(4, 3) == pytest.approx([0.02, 0.03, 0.03, 0.04])
+    for width, seconds in enumerate([0.04, 0.05, 0.03, 0.04]):  # nor is drafting free
+        times.observe(8, width, seconds)
+    assert times.estimates(8, 3) == pytest.approx([0.03 / DRAFTING, 0.03, 0.03, 0.04])
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.3, 1.0])
@@ -52,4 +55,16 @@ def test_batch_sizes_that_share_their_times_each_have_their_own_estimate(growth)
     for batch in range(9, 17):
         times.observe(batch, 0, cost(batch))
     assert [times.estimate(batch, 0) for batch in range(9, 17)] == pytest.approx([cost(b) for b in range(9, 17)])
+
+
+def test_what_shares_its_times_favours_no_width():
+    """Of the narrow width fewer sizes are known: what grows with the batch is one figure for all."""
+    times = StepTimes(window=20)
+    for batch, width, seconds in [(8, 0, 0.018), (8, 3, 0.027), (16, 0, 0.02), (16, 1, 0.022), (16, 3, 0.03)]:
+        times.observe(batch, width, seconds)
+    full, half = (times.estimates(batch, 3) for batch in (16, 9))
+    assert [b / a for a, b in zip(full, half, strict=True)] == pytest.approx([half[0] / full[0]] * 4)
+
+
+def test_batch_sizes_up_to_a_power_of_two_share_a_bucket():
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 32, 33)] == [1, 2, 4, 4, 8, 32, 64]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving.control import Control
+from serving.kept_policy import VARIABLE, keep_policy
 from serving.monitor import Monitor
 from serving.policy import Policy, parse_policy
 from serving.scheduler import POLICY_VARIABLE, command, controlled
@@ -287,6 +288,14 @@ def test_questions_never_raise_and_the_policy_can_be_changed(monkeypatch):
     assert scheduler.schedule().num_spec_tokens_to_schedule == 1
     static = json.loads(command(Scheduler(), '{"command": "status"}'))
     assert static["mode"] == "fixed" and static["num_speculative_tokens"] == 3
+
+
+def test_an_engine_that_starts_again_goes_on_with_the_policy_that_was_put(monkeypatch, tmp_path):
+    monkeypatch.setenv(POLICY_VARIABLE, '{"policy": "auto"}')
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "policy"))
+    assert json.loads(command(started(), '{"command": "status"}'))["policy"] == "auto"
+    keep_policy("fixed:1")
+    assert json.loads(command(started(), '{"command": "status"}'))["policy"] == "fixed:1"
 
 
 def test_finished_requests_are_kept_when_asked(monkeypatch, tmp_path):

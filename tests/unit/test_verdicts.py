@@ -19,7 +19,10 @@ from specdec.traces import ReasoningTrace, TokenRow, tokenize_trace
 from tests.tiny import tiny_tokenizer
 
 ARMS = {"plain": 20.0, "auto": 29.0, "random": 19.6, "k1": 24.0, "k2": 30.0, "k3": 27.0}
-FIGURES = {"num_drafts": 100, "num_accepted_tokens": 80, "decode_sec": 8.0, "fallback_sec": 2.0}
+FIGURES = {
+    "num_drafts": 100, "num_accepted_tokens": 80, "decode_sec": 8.0, "fallback_sec": 2.0,
+    "reached_per_position": [100], "accepted_per_position": [80],
+}  # fmt: skip
 
 
 def write_load(temperature: float, concurrency: int, speeds: dict[str, float], moods=(1, 1, 2, 1)) -> None:
@@ -28,13 +31,17 @@ def write_load(temperature: float, concurrency: int, speeds: dict[str, float], m
         name: {
             "num_tokens": [0, 100, 200, 300, 400],
             "seconds": [0.0, *accumulate(mood * 100 / speed for mood in moods)],
-            "before": {"totals": {} if name == "plain" else dict.fromkeys(FIGURES, 0)},
-            "after": {"totals": {} if name == "plain" else FIGURES},
+            "before": {"totals": {}, "k_histogram": {}},
+            "after": {"totals": {}, "k_histogram": {}} if name == "plain" else after(FIGURES),
         }
         for name, speed in speeds.items()
     }
     load = {"temperature": temperature, "concurrency": concurrency, "num_requests": 4, "work": work}
     steady.load_path(concurrency, temperature).write_text(json.dumps(load))
+
+
+def after(figures: dict[str, Any]) -> dict[str, Any]:
+    return {"totals": figures, "k_histogram": {"1": figures["num_drafts"]}}
 
 
 @pytest.fixture
@@ -71,6 +78,20 @@ def test_an_arm_that_was_lucky_in_one_half_is_not_the_best_of_the_other(work):
     path.write_text(json.dumps(load))
     assert never_slower.ratio(load, "auto", "k1")[0] == pytest.approx(1.0)
     assert never_slower.held_out(load, "auto") == pytest.approx(5 / 4)
+
+
+def test_what_is_only_luck_of_the_answers_counts_for_nothing(work):
+    """Steps of two arms take the same time; one has more drafts accepted, of the same head and requests."""
+    write_load(0.6, 1, {"plain": 10.0, "k1": 18.0, "auto": 16.0})
+    load = json.loads(steady.load_path(1, 0.6).read_text())
+    for name, num_accepted in (("k1", 80), ("auto", 60)):
+        totals = FIGURES | {"num_accepted_tokens": num_accepted, "accepted_per_position": [num_accepted]}
+        work_of = {"num_tokens": [0, 100 + num_accepted], "seconds": [0.0, 10.0], "after": after(totals)}
+        load["work"][name] |= work_of
+    assert never_slower.ratio(load, "auto", "k1")[0] == pytest.approx(16 / 18)
+    assert never_slower.without_luck(load, "auto") == pytest.approx(1.0)
+    load["work"]["auto"]["seconds"][-1] = 12.5  # but slower steps do
+    assert never_slower.without_luck(load, "auto") == pytest.approx(0.8)
 
 
 def test_the_tuned_table_takes_the_fastest_width_of_each_greedy_load(work):
