@@ -167,10 +167,15 @@ def shift() -> dict[str, Any]:
     against = {
         other: {name: ratio(load, "auto", other) for name, load in phases.items()} for other in ("plain", "table")
     }
+    together = {
+        other: sum(each["work"][other]["seconds"][-1] for each in phases.values())
+        / sum(each["work"]["auto"]["seconds"][-1] for each in phases.values())
+        for other in ("plain", "table")
+    }
     lengths = {name: full_length(load["work"]["auto"]) for name, load in phases.items()}
     return {
         "shift_tok_per_sec": {name: {arm: speed(load, arm) for arm in load["work"]} for name, load in phases.items()},
-        "shift_auto_against": against,
+        "shift_auto_against": against, "shift_auto_against_together": together,
         "shift_tau_before": lengths["before"], "shift_tau_changed": lengths["changed"],
         "shift_tau_after_resume": lengths["after"],
     }  # fmt: skip
