@@ -53,22 +53,30 @@ def by_one_argmax(forward: Any) -> Any:
 
 def leaves_logits_alone(sampling_metadata: Any) -> bool:
     """Whether every request takes the largest of the logits as they are, and wants no log-probabilities."""
+    return bool(sampling_metadata.all_greedy and asks_nothing_else(sampling_metadata))
+
+
+def asks_nothing_else(sampling_metadata: Any) -> bool:
+    """Whether no request wants log-probabilities, or logits changed in other ways than by temperature, top-k, top-p."""
     budgets = sampling_metadata.thinking_budget_state_holder
     return bool(
-        sampling_metadata.all_greedy
-        and sampling_metadata.max_num_logprobs is None
+        sampling_metadata.max_num_logprobs is None
         and not sampling_metadata.logprob_token_ids
         and sampling_metadata.no_penalties
         and sampling_metadata.allowed_token_ids_mask is None
         and not sampling_metadata.bad_words_token_ids
         and (budgets is None or not budgets.has_tracked_requests())
-        and all(map(_is_idle, sampling_metadata.logitsprocs.non_argmax_invariant))
+        and all(map(is_idle, sampling_metadata.logitsprocs.non_argmax_invariant))
     )
 
 
-def _is_idle(processor: Any) -> bool:
-    """A logit bias or a minimum of tokens that no request asks for; other processors count as busy."""
-    state = {"LogitBiasLogitsProcessor": "biases", "MinTokensLogitsProcessor": "min_toks"}.get(type(processor).__name__)
+def is_idle(processor: Any) -> bool:
+    """A logit bias, a minimum of tokens or of probability that no request asks for; other processors count as busy."""
+    states = {
+        "LogitBiasLogitsProcessor": "biases", "MinTokensLogitsProcessor": "min_toks",
+        "MinPLogitsProcessor": "min_p_count",
+    }  # fmt: skip
+    state = states.get(type(processor).__name__)
     return state is not None and not getattr(processor, state)
 
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# What does top-p cost on a CPU, by vLLM's own sort and without it (serving/nucleus.py)? About 10 minutes on 2 cores.
-#   experiments/sampling_cost/run.sh [ROUNDS]                                             (default: 7 rounds)
+# What does sampling cost on a CPU? Top-p by vLLM's own sort and without it (serving/nucleus.py), and sampled drafts verified
+# by whole rows and by candidates (serving/candidates.py). About 20 minutes on 2 cores.
+#   experiments/sampling_cost/run.sh [ROUNDS [HEAD_DIR]]                   (default: 7 rounds, the demo's head)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-PYTHONPATH=$PWD "$python" experiments/sampling_cost/sampling_cost.py "${1:-7}"
+export PYTHONPATH=$PWD
+"$python" experiments/sampling_cost/sampling_cost.py "${1:-7}"
+"$python" experiments/sampling_cost/verification.py "${2:-runs/demo/head}"
