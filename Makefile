@@ -15,7 +15,7 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCK := requirements-cpu.lock
-# The fast tests side by side, each module on one core; those that start servers two by two, each on half of the cores.
+# The fast tests side by side, each module on one core; a server takes all of them, so its tests run alone.
 ON_EACH_CORE := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --no-deps
 
@@ -39,7 +39,7 @@ demo: .venv/.installed
 	@.venv/bin/specdec demo
 
 test: lint test-fast
-	@.venv/bin/python -m pytest -m vllm --numprocesses 2 --dist loadfile
+	@.venv/bin/python -m pytest -m vllm
 
 test-fast: .venv/.installed
 	@$(ON_EACH_CORE) -m "not vllm"

@@ -26,17 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr == "vllm":
-        _take_a_share_of_the_cores()
     config.addinivalue_line("markers", "data: reads the folder SPECDEC_DATA_DIR; skipped where there is none")
-
-
-def _take_a_share_of_the_cores() -> None:
-    """Servers of one worker keep off the cores of another: threads that wait for each other on one core crawl."""
-    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    cores = sorted(os.sched_getaffinity(0))
-    if 1 < num_workers <= len(cores):
-        os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: num_workers])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

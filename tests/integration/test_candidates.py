@@ -18,8 +18,6 @@ from tests.integration.test_verification import (
     sampler,  # noqa: F401  # a fixture
 )
 
-pytestmark = pytest.mark.vllm
-
 TEMPERATURE, TOP_P = 0.6, 0.95
 PEAKED, FLAT = 3.0, 0.3  # scales of logits: a nucleus of tens of tokens, and one of thousands that must be sorted
 

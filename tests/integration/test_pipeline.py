@@ -37,7 +37,7 @@ PROVENANCE_KEYS = {
 def specdec(*arguments: object) -> dict:
     command = [sys.executable, "-m", "specdec", *map(str, arguments), *(f"--set={item}" for item in SETTINGS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20000:]
     (line,) = done.stdout.strip().splitlines()
     return json.loads(line)
 

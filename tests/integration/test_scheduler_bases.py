@@ -16,8 +16,6 @@ import pytest
 from serving.scheduler import POLICY_VARIABLE, command, make_scheduler
 from tests.tiny import save_tiny_target
 
-pytestmark = pytest.mark.vllm
-
 K = 3
 NUM_TOKENS = 40
 WISHES = {"auto": None, "one": 1, "off": "off"}
