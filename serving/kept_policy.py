@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
+
+from specdec.record import write_json_atomic
 
 logger = logging.getLogger("vllm.specdec")
 
@@ -16,10 +19,8 @@ def keep_policy(policy: str) -> None:
     path = os.environ.get(VARIABLE)
     if not path:
         return
-    part = Path(f"{path}.part")
     try:
-        part.write_text(policy, encoding="utf-8")
-        part.replace(path)
+        write_json_atomic(Path(path), policy)
     except OSError as error:  # it counts all the same, until the engine ends
         logger.error("specdec: a restart will not know of policy %s: %s", policy, error)
 
@@ -27,6 +28,6 @@ def keep_policy(policy: str) -> None:
 def kept_policy() -> str | None:
     """What was put since the service began; None: nothing."""
     try:
-        return Path(os.environ[VARIABLE]).read_text(encoding="utf-8")
+        return str(json.loads(Path(os.environ[VARIABLE]).read_text(encoding="utf-8")))
     except (KeyError, OSError):
         return None
