@@ -77,9 +77,7 @@ def test_only_a_policy_that_was_set_is_kept_for_the_next_start(monkeypatch, tmp_
     app, _ = make_app(FakeEngineClient(make_status()))
     assert ask(app, "PUT", "/specdec/policy", content="fixed:99").status_code == 400 and kept_policy() is None
     assert ask(app, "PUT", "/specdec/policy", content="off").status_code == 200 and kept_policy() == "off"
-    monkeypatch.setenv(
-        VARIABLE, str(tmp_path / "gone" / "policy")
-    )  # it can't be written: the policy is set all the same
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "policy" / "below"))  # below a file nothing can be written
     assert ask(app, "PUT", "/specdec/policy", content="auto").json() == {"policy": "auto"} and kept_policy() is None
 
 
