@@ -45,13 +45,14 @@ class PolicySettings:
     margin: float = 0.03  # a change must promise this much more goodput
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
+    recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine
     probe_drafts: int = 12  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
     probe_share: float = 0.005  # of the time, that probes which don't pay may cost
     min_probe_steps: int = 128  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
-    min_recheck_steps: int = 64  # while speculating, from a change to the next time that another K is timed: at least,
-    max_recheck_steps: int = 512  # and at most
+    min_recheck_steps: int = 32  # while speculating, from a change to the next time that another K is timed: at least,
+    max_recheck_steps: int = 256  # and at most
     recheck_share: float = 0.01  # of the time, that it may cost
     optimism: float = 0.5  # by which share the time of a K of which one step was timed may be too long; of n: over √n
     acceptance_window: float = 128.0  # drafts that count, of each position
@@ -167,7 +168,7 @@ class Policy:
             width = max(stale, key=lambda k: self.times.moved(batch, k))
         else:
             return self.chosen
-        return self._try(batch, width, f"timing K={width} again")
+        return self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
 
     def _width_of_probe(self, batch: int) -> int:
         """The widest drafts, which tell most of acceptance, and in turn with them the K that looks best."""
@@ -181,7 +182,7 @@ class Policy:
         """Steps of which a trial of this K costs ``recheck_share``, by what is known of it; at most the longest."""
         now, then = self.goodput(batch, self.chosen), self.goodput(batch, width)
         lost = 1 - then / now if now and then else 0.0  # of a step
-        steps = math.ceil(self.settings.trial_steps * max(0.0, lost) / self.settings.recheck_share)
+        steps = math.ceil(self.settings.recheck_trial_steps * max(0.0, lost) / self.settings.recheck_share)
         return min(steps, self.settings.max_recheck_steps)
 
     def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
