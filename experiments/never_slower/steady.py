@@ -12,7 +12,8 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +81,41 @@ def load_path(concurrency: int, temperature: float) -> Path:
     return WORK / f"c{concurrency}-t{temperature}.json"
 
 
-async def measure_load(
-    arms: dict[str, Arm], concurrency: int, temperature: float, passes: int, max_tokens: int
-) -> dict[str, Any]:
-    """What each arm did, with provenance."""
-    count = LOADS[concurrency]
-    requests = requests_of(count, passes, max_tokens, seed=0)
-    warm_up = requests_of(64, 1, max_tokens, seed=1)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """So many requests at a time, over the load's requests so many times."""
+
+    concurrency: int
+    temperature: float = 0.0
+    passes: int = 1
+    mean_tokens: int = 64  # of an answer
+
+
+def measure_loads(specs: Sequence[ArmSpec], config: RunConfig, folder: Path, loads: Mapping[Path, Load]) -> None:
+    """Write what each arm did under each load to the load's file, unless that is there already."""
+    left = {path: load for path, load in loads.items() if not path.is_file()}
+    if not left:
+        return
+    os.environ[DEV_MODE] = "1"
+    with open_arms(specs, config, folder) as started:
+        for i, (path, load) in enumerate(left.items()):
+            print(json.dumps({"load": i + 1, "of": len(left)}), flush=True)
+            write_json_atomic(path, asyncio.run(_measure(started, load)))
+
+
+async def _measure(arms: dict[str, Arm], load: Load) -> dict[str, Any]:
+    requests = requests_of(LOADS[load.concurrency], load.passes, load.mean_tokens, seed=0)
+    warm_up = requests_of(64, 1, load.mean_tokens, seed=1)
     sliced = [SlicedArm(arm) for arm in arms.values()]
     most = len(sliced) * sum(request.max_tokens for request in requests)
-    with progress_bar(f"{concurrency} at a time, T = {temperature:g}", most) as advance:
+    with progress_bar(f"{load.concurrency} at a time, T = {load.temperature:g}", most) as advance:
         try:
-            work = await measure(sliced, requests, warm_up, concurrency, temperature, ADAPTATION_SEC, advance)
+            work = await measure(sliced, requests, warm_up, load.concurrency, load.temperature, ADAPTATION_SEC, advance)
         finally:
             for arm in sliced:
                 await arm.close()
     return {
-        "concurrency": concurrency, "temperature": temperature, "num_requests": len(requests),
+        "concurrency": load.concurrency, "temperature": load.temperature, "num_requests": len(requests),
         "work": {name: asdict(each) for name, each in work.items()}, "provenance": provenance(),
     }  # fmt: skip
 
@@ -107,18 +126,15 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
-    loads = [(concurrency, temperature) for temperature in TEMPERATURES for concurrency in LOADS]
-    left = [load for load in loads if not load_path(*load).is_file()]
-    if not left:
-        return
-    os.environ[DEV_MODE] = "1"
+    loads = {
+        load_path(concurrency, temperature): Load(
+            concurrency=concurrency, temperature=temperature, passes=options.passes, mean_tokens=options.tokens
+        )
+        for temperature in TEMPERATURES
+        for concurrency in LOADS
+    }
     specs, config = servers(options.head, randomised(options.head, WORK / "random_head"), num_seqs=max(LOADS))
-    with open_arms(specs, config, WORK) as started:
-        for i, load in enumerate(left):
-            print(json.dumps({"load": i + 1, "of": len(left)}), flush=True)
-            write_json_atomic(
-                load_path(*load), asyncio.run(measure_load(started, *load, options.passes, options.tokens))
-            )
+    measure_loads(specs, config, WORK, loads)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,25 @@ def done(load: dict[str, Any], name: str) -> dict[str, Any]:
     return grown | {"steps_by_width": widths}
 
 
+def tokens_by_width(arms: Iterable[dict[str, Any]]) -> list[float]:
+    """Tokens of a draft of 0, 1, ... tokens by the conditional rates of all these arms (``done``) together.
+
+    A position that was never reached counts as never accepted.
+    """
+    all_arms = list(arms)
+    accepted, reached = (
+        np.sum([arm[f"{key}_per_position"] for arm in all_arms], axis=0) for key in ("accepted", "reached")
+    )
+    return [1.0, *(1 + np.cumsum(np.cumprod(accepted / np.maximum(reached, 1)))).tolist()]
+
+
 def luck(load: dict[str, Any]) -> dict[str, float]:
     """By which factor each arm with the trained head (and plain: 1) put out more tokens than such steps do on average.
 
     Average: at the conditional acceptance rates of all these arms together, which draft for the same requests.
     """
     arms = {name: done(load, name) for name in load["work"] if name == "auto" or name.startswith(FIXED)}
-    accepted, reached = (
-        np.sum([arm[f"{key}_per_position"] for arm in arms.values()], axis=0) for key in ("accepted", "reached")
-    )
-    lengths = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(accepted / np.maximum(reached, 1)))])
+    lengths = tokens_by_width(arms.values())
     found = {"plain": 1.0}
     for name, arm in arms.items():
         widths = {k: n for k, n in arm["steps_by_width"].items() if k}
@@ -105,7 +114,7 @@ def luck(load: dict[str, Any]) -> dict[str, float]:
         usual = sum(n * lengths[k] for k, n in widths.items()) / sum(widths.values())
         drafted = arm["num_drafts"] + arm["num_accepted_tokens"]  # tokens of steps that verified a draft
         actual = drafted / arm["num_drafts"]
-        found[name] = float(1 / (1 + drafted / load["work"][name]["num_tokens"][-1] * (usual / actual - 1)))
+        found[name] = 1 / (1 + drafted / load["work"][name]["num_tokens"][-1] * (usual / actual - 1))
     return found
 
 
@@ -172,26 +181,14 @@ def shift() -> dict[str, Any]:
         / sum(each["work"]["auto"]["seconds"][-1] for each in phases.values())
         for other in ("plain", "table")
     }
-    lengths = {name: full_length(load["work"]["auto"]) for name, load in phases.items()}
+    # By the conditional rates: K changes, so plain averages do not compare.
+    lengths = {name: tokens_by_width([done(load, "auto")])[-1] for name, load in phases.items()}
     return {
         "shift_tok_per_sec": {name: {arm: speed(load, arm) for arm in load["work"]} for name, load in phases.items()},
         "shift_auto_against": against, "shift_auto_against_together": together,
         "shift_tau_before": lengths["before"], "shift_tau_changed": lengths["changed"],
         "shift_tau_after_resume": lengths["after"],
     }  # fmt: skip
-
-
-def full_length(work: dict[str, Any]) -> float | None:
-    """τ of drafts of full width by the conditional rates: K changes, so plain averages do not compare."""
-    before, after = (work[when]["totals"] for when in ("before", "after"))
-    length = reached = 1.0
-    for i, tries in enumerate(after["reached_per_position"]):
-        num_tries = tries - before["reached_per_position"][i]
-        if not num_tries:
-            return None
-        reached *= (after["accepted_per_position"][i] - before["accepted_per_position"][i]) / num_tries
-        length += reached
-    return length
 
 
 def plot_timeline(path: Path) -> None:

@@ -8,22 +8,18 @@ requests at a time. Resumable (``rm -r runs/sampling_cost`` starts anew). Writes
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 
-from experiments.never_slower.slices import DEV_MODE
-from experiments.never_slower.steady import measure_load, server_config
+from experiments.never_slower.steady import Load, measure_loads, server_config
 from experiments.never_slower.verdict import done, ratio, speed
 from specdec.evaluation.arm_specs import ArmSpec
-from specdec.evaluation.arms import open_arms
 from specdec.record import write_json_atomic
 
 WORK, OUT = Path("runs/sampling_cost"), Path(__file__).with_name("verification.json")
 CONCURRENCIES, WIDTHS = (4, 16, 32), (1, 3)
-TEMPERATURE, TOKENS = 0.6, 64
+TEMPERATURE = 0.6
 WHOLE_ROWS = {"vllm.worker-extension-cls": "experiments.sampling_cost.whole_rows.Worker"}
 
 
@@ -33,19 +29,16 @@ def load_path(concurrency: int) -> Path:
 
 
 def run(head: str, passes: int) -> None:
-    left = [concurrency for concurrency in CONCURRENCIES if not load_path(concurrency).is_file()]
-    if not left:
-        return
-    os.environ[DEV_MODE] = "1"
     arms: dict[str, dict[str, str]] = {"plain": {}}
     for width in WIDTHS:
         arms[f"k{width}"] = {"head": head, "serve.policy": f"fixed:{width}"}
         arms[f"k{width}_whole_rows"] = arms[f"k{width}"] | WHOLE_ROWS
     specs = [ArmSpec(name=name, options=options) for name, options in arms.items()]
-    with open_arms(specs, server_config(num_seqs=max(CONCURRENCIES)), WORK) as started:
-        for concurrency in left:
-            found = asyncio.run(measure_load(started, concurrency, TEMPERATURE, passes, TOKENS))
-            write_json_atomic(load_path(concurrency), found)
+    loads = {
+        load_path(concurrency): Load(concurrency=concurrency, temperature=TEMPERATURE, passes=passes)
+        for concurrency in CONCURRENCIES
+    }
+    measure_loads(specs, server_config(num_seqs=max(CONCURRENCIES)), WORK, loads)
 
 
 def summary() -> dict[str, object]:

@@ -104,12 +104,11 @@ def test_the_tuned_table_takes_the_fastest_width_of_each_greedy_load(work):
 
 
 def test_acceptance_of_a_width_that_changed_is_that_of_full_drafts():
-    def totals(reached: list[int], accepted: list[int]) -> dict[str, Any]:
-        return {"totals": {"reached_per_position": reached, "accepted_per_position": accepted}}
-
-    before, after = totals([10, 10], [9, 9]), totals([110, 30], [59, 19])
-    assert never_slower.full_length({"before": before, "after": after}) == pytest.approx(1.75)
-    assert never_slower.full_length({"before": before, "after": totals([110, 10], [59, 9])}) is None
+    first = {"reached_per_position": [100, 20], "accepted_per_position": [50, 10]}
+    assert never_slower.tokens_by_width([first]) == pytest.approx([1.0, 1.5, 1.75])
+    unreached = {"reached_per_position": [100, 0], "accepted_per_position": [0, 0]}
+    assert never_slower.tokens_by_width([first, unreached]) == pytest.approx([1.0, 1.25, 1.375])
+    assert never_slower.tokens_by_width([unreached]) == [1.0, 1.0, 1.0]
 
 
 def planted_result(**intervals: list[float]) -> dict[str, Any]:
