@@ -142,7 +142,7 @@ class StepTimes:
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
         """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""
-        last = self._last[bucket(batch), num_draft_tokens]
+        last = self._last.get((bucket(batch), num_draft_tokens), deque())
         while len(last) > num_kept:
             last.popleft()
 

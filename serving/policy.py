@@ -59,7 +59,8 @@ class PolicySettings:
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
     void_moved: float = 2.0  # and by more than this, then nothing of it counts any more
-    time_window: int = 65  # steps that count, of each batch size and K
+    time_window: int = 65  # steps that count, of each batch size and K;
+    kept_steps: int = 8  # of one that is no longer served, until it is timed again: they were of one stretch of time
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
 
@@ -266,6 +267,7 @@ class Policy:
         best = max(known, key=lambda k: known[k])
         is_better = best != before and (now is None or known[best] > now * (1 + self.settings.margin))
         if is_better:
+            self.times.keep_newest(batch, before, self.settings.kept_steps)
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
             self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps

@@ -95,6 +95,20 @@ class Engine:
         return self.tokens / self.plain_tokens
 
 
+@pytest.mark.parametrize("num_slow_steps", range(60, 140, 8))
+def test_what_was_timed_while_the_machine_was_slow_holds_no_width_down(num_slow_steps):
+    """Each step of the best K up to then was slow, and each of the one that is tried next is not."""
+    engine = Engine(Policy(K, GOOD), noise=0.03)
+
+    def cost(batch: int, width: int) -> float:
+        return (0.030 + 0.0012 * width) * (1.25 if len(engine.widths) < num_slow_steps else 1.0)
+
+    engine.cost = cost
+    engine.run(num_slow_steps + 1000, 1, GOOD)
+    late = engine.widths[num_slow_steps + 200 :]
+    assert late.count(K) > len(late) / 2
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("rates", [GOOD, (0.4, 0.3, 0.2), BAD])
 def test_never_far_behind_the_best_fixed_width(batch, rates):
