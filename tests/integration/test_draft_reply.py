@@ -9,8 +9,6 @@ import pytest
 
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.fixture(scope="module")
 def outputs():

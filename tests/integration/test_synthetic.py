@@ -10,8 +10,6 @@ import torch
 
 from serving.vllm_plugin import _patch_rejection
 
-pytestmark = pytest.mark.vllm
-
 RATES = torch.tensor([0.8, 0.5, 1.0])  # of each position, given that the ones before were taken
 TARGET, BONUS, DRAFT = 1, 2, 5
 NUM_REQUESTS, VOCABULARY = 300, 16

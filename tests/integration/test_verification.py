@@ -18,8 +18,6 @@ from serving.verification import (
     with_quick_noise,
 )
 
-pytestmark = pytest.mark.vllm
-
 WIDTHS = [3, 0, 2, 3]  # draft tokens of each request
 VOCABULARY = 4096
 

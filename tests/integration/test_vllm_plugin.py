@@ -22,8 +22,6 @@ from serving.vllm_plugin import (
 )
 from tests.unit.test_nucleus import by_sorting
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
 def test_values_reach_every_token_of_their_request(dtype):
