@@ -60,7 +60,7 @@ class PolicySettings:
     max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
     void_moved: float = 2.0  # and by more than this, then nothing of it counts any more
     time_window: int = 65  # steps that count, of each batch size and K;
-    kept_steps: int = 8  # of one that is no longer served, until it is timed again: they were of one stretch of time
+    kept_steps: int = 8  # and of one that is no longer served: all of one stretch of time, trials must outnumber them
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
 
