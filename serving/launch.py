@@ -13,6 +13,7 @@ from typing import Any
 
 from serving.access import key_environment, open_server_warning
 from serving.flags import ServerFlags
+from serving.graphs import with_every_width
 from serving.policy import AUTO, STATIC, parse_policy
 from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
@@ -108,10 +109,12 @@ def plan_server(
         flags.add(flag, value)
     env = _environment(serve, device, user, environ) | key_environment(serve, user) | _plugins(environ)
     warnings = (open_server_warning(host, user, {**environ, **env}), quantized_cache_warning(user))
+    policy = _policy(serve, speculative, device, user)
     if speculative:
+        if device.kind == "cuda" and policy != STATIC:
+            speculative = with_every_width(speculative, user.get_int("--max-num-seqs") or serve.max_num_seqs)
         flags.add("--speculative-config", json.dumps(speculative))
         flags.add("--per-request-spec-decode-metrics", "summary")  # what `specdec chat` shows below an answer
-    policy = _policy(serve, speculative, device, user)
     env |= _add_policy(flags, policy, serve, manifest, target)
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
@@ -236,8 +239,8 @@ def _add_limits(
 def _policy(serve: ServeConfig, speculative: dict[str, Any] | None, device: Device, user: ServerFlags) -> str:
     """The policy, or static where another than vLLM's own may not choose K.
 
-    On a GPU static is the default: there vLLM captures graphs for the K that it was started with, and what other K
-    cost without them has not been measured.
+    On a GPU static is the default: there K = 0 is far from plain decode still, and K = 3 dearer when it may change
+    (``experiments/gpu_serving``).
     """
     policy = serve.policy or (AUTO if device.kind == "cpu" else STATIC)
     if policy != STATIC:

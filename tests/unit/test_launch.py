@@ -147,6 +147,7 @@ def test_flags_after_the_dashes_win_in_every_spelling():
         plan("--speculative-config.method", "ngram")
 
 
+TABLE = "num_speculative_tokens_per_batch_size"
 PASSED_ON = {
     "tensor parallelism": ["--tensor-parallel-size", "2"],
     "fp8 weights": ["--quantization", "fp8"],
@@ -169,9 +170,17 @@ def test_vllms_own_features_pass_untouched_beside_a_head(given, device):
     assert planned.argv[-len(given) :] == given
     ours = ServerFlags(planned.argv[3 : -len(given)])
     assert [arg for arg in given if arg.startswith("-") and arg in ours] == [], "nothing of ours contradicts"
-    expected = manifest().speculative_config(Path("/heads/a"), 3)
-    assert json.loads(ours.get("--speculative-config") or "") == expected and "--scheduler-cls" in ours
+    given_to_vllm = json.loads(ours.get("--speculative-config") or "")
+    assert (given_to_vllm.pop(TABLE, None) is not None) == (device is CUDA), "graphs of every K"
+    assert given_to_vllm == manifest().speculative_config(Path("/heads/a"), 3) and "--scheduler-cls" in ours
     assert planned.warnings == ()
+
+
+def test_a_gpu_has_graphs_of_every_k_that_a_policy_may_choose_and_static_only_its_own():
+    named = json.loads(flag(plan("--max-num-seqs=8", device=CUDA, policy="auto"), "--speculative-config"))[TABLE]
+    assert named == [[1, 5, 3], [6, 6, 2], [7, 7, 1], [8, 8, 0]]
+    for planned in (plan(device=CUDA), plan(device=CUDA, policy="static"), plan(policy="auto")):
+        assert TABLE not in json.loads(flag(planned, "--speculative-config"))
 
 
 def test_a_quantised_kv_cache_passes_with_a_warning():
