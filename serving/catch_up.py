@@ -172,9 +172,31 @@ def with_catch_up(propose_draft_token_ids: Any) -> Any:
             drafter.specdec_catch_up = _catch_up(drafter, runner.input_batch)
             if drafter.specdec_catch_up is not None:
                 drafter.propose = drafter.specdec_catch_up
-        return propose_draft_token_ids(runner, *args, **kwargs)
+        drafts = None if kwargs else _kept(runner, drafter.specdec_catch_up, args)
+        return propose_draft_token_ids(runner, *args, **kwargs) if drafts is None else drafts
 
     return propose
+
+
+def _kept(runner: Any, catch_up: Any, args: tuple[Any, ...]) -> Any:
+    """The empty drafts of a step at K = 0 that ``KeysOnly`` takes as it is; None: the runner has to prepare it."""
+    if not isinstance(catch_up, KeysOnly):
+        return None
+    try:
+        scheduled, sampled, _sampling, hidden_states, _sampled_states, aux_hidden_states, drafted, metadata, *_ = args
+        if scheduled.num_spec_tokens_to_schedule or drafted is not None:
+            return None
+        # Tokens that are on the CPU already, or counted on the device, are prepared in other ways.
+        if isinstance(sampled, list) or runner.valid_sampled_token_count_event is not None:
+            return None
+        features = aux_hidden_states if runner.use_aux_hidden_state_outputs else [hidden_states]
+        drafts = catch_up.keep_plain_step(runner, metadata, sampled, features)
+        if drafts is not None:
+            runner._draft_probs = runner._draft_prob_req_ids = None
+        return drafts
+    except Exception as error:
+        catch_up.fail(error)
+        return None
 
 
 def _catch_up(drafter: Any, input_batch: Any) -> CatchUp | KeysOnly | None:

@@ -27,6 +27,7 @@ class KeysOnly:
         self.drafter, self.propose = drafter, drafter.propose
         self.attention = attention_layers(drafter)[0]
         self.waiting: list[tuple[Any, ...]] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
+        self.num_waiting = 0  # tokens
         self.has_failed = False
 
     def __call__(
@@ -48,15 +49,11 @@ class KeysOnly:
                     last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
                     ids = _shifted(target_token_ids, last, next_token_ids)
                     slots = common_attn_metadata.slot_mapping[: len(ids)]
-                    inputs = target_positions, target_hidden_states, slots
-                    self.waiting.append((ids, *(part.clone() for part in inputs)))
-                if num_speculative_tokens or sum(len(inputs[0]) for inputs in self.waiting) >= MANY:
-                    self._write()
-                if num_speculative_tokens == 0:
+                    self._keep(ids, target_positions.clone(), target_hidden_states.clone(), slots.clone())
                     return next_token_ids.new_empty((common_attn_metadata.batch_size(), 0))
+                self._write()
         except Exception as error:
-            self.has_failed, self.waiting = True, []
-            logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
+            self.fail(error)
         return self.propose(
             num_speculative_tokens=num_speculative_tokens,
             target_token_ids=target_token_ids,
@@ -68,11 +65,39 @@ class KeysOnly:
             **kwargs,
         )
 
+    def keep_plain_step(self, runner: Any, step: Any, sampled_token_ids: Any, hidden_states: list[Any]) -> Any:
+        """As the runner would prepare and call the proposer at K = 0, for a step of one token a sequence; else None.
+
+        What the head reads at each position is then the token that was just sampled, and nothing has to be looked up.
+        ``hidden_states``: the target's, of as many layers as the head reads. ``step``: vLLM's attention metadata.
+        """
+        import torch
+
+        count = step.num_actual_tokens
+        is_plain = step.max_query_len == 1 and tuple(sampled_token_ids.shape) == (count, 1)
+        if self.has_failed or not is_plain or runner.discard_request_mask.np[:count].any():
+            return None
+        ids = sampled_token_ids[:, 0].int()
+        features = torch.cat([part[:count] for part in hidden_states], dim=-1)  # a copy, also of a single one
+        self._keep(ids, runner._get_positions(count).clone(), features, step.slot_mapping[:count].clone())
+        return ids.new_empty((count, 0))
+
+    def fail(self, error: Exception) -> None:
+        """Run the head in every step from now on."""
+        self.has_failed, self.waiting, self.num_waiting = True, [], 0
+        logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
+
+    def _keep(self, *inputs: Any) -> None:
+        self.waiting.append(inputs)
+        self.num_waiting += len(inputs[0])
+        if self.num_waiting >= MANY:
+            self._write()
+
     def _write(self) -> None:
         """Keys and values of all that waits, into the head's cache."""
         import torch
 
-        waiting, self.waiting = self.waiting, []
+        waiting, self.waiting, self.num_waiting = self.waiting, [], 0
         if not waiting:
             return
         ids, positions, hidden_states, slots = (torch.cat(parts) for parts in zip(*waiting, strict=True))

@@ -142,6 +142,71 @@ def test_the_cache_is_what_running_the_head_in_every_step_leaves():
     assert runs.model.model.attention.kv_cache.abs().sum() > 0
 
 
+class Runner:
+    """As much of vLLM's runner as prepares a step's proposal, and is asked to only where it must be."""
+
+    valid_sampled_token_count_event, use_aux_hidden_state_outputs = None, True
+
+    def __init__(self) -> None:
+        self.drafter, self.num_prepared = Drafter(), 0
+        self.input_batch = SimpleNamespace(req_ids=["a", "b"])
+
+    def propose_draft_token_ids(self, scheduled, sampled, _sampling, _hidden, _last, features, _drafted, metadata, _):
+        self.num_prepared += 1
+        return self.drafter.propose(
+            num_speculative_tokens=scheduled.num_spec_tokens_to_schedule,
+            target_token_ids=self.token_ids, target_positions=self.positions,
+            target_hidden_states=torch.cat([part[:2] for part in features], dim=-1),
+            next_token_ids=self.next_ids(sampled), token_indices_to_sample=None, common_attn_metadata=metadata,
+        )  # fmt: skip
+
+    def next_ids(self, sampled: torch.Tensor) -> torch.Tensor:
+        """The prompt's next token where what was sampled is discarded."""
+        return torch.where(torch.from_numpy(self.discard_request_mask.np), self.prompt_next, sampled[:, 0])
+
+    def _get_positions(self, count: int) -> torch.Tensor:
+        return self.positions[:count]
+
+    def step(self, propose: Callable, first: int, is_discarded: bool = False, width: int = 0) -> torch.Tensor:
+        """Two sequences read a token each at position ``first``."""
+        generator = torch.Generator().manual_seed(first)
+        self.token_ids, self.prompt_next = torch.tensor([first, 100 + first]), torch.tensor([7, 7])
+        self.positions = torch.tensor([first, first])
+        self.discard_request_mask = SimpleNamespace(np=torch.tensor([False, is_discarded]).numpy())
+        metadata = SimpleNamespace(
+            query_start_loc=torch.tensor([0, 1, 2]), slot_mapping=torch.tensor([first, 16 + first, -1]),
+            batch_size=lambda: 2, num_actual_tokens=2, max_query_len=1,
+        )  # fmt: skip
+        features = [torch.randn(3, WIDTH, generator=generator) for _ in range(3)]  # padded by one
+        scheduled = SimpleNamespace(num_spec_tokens_to_schedule=width)
+        sampled = torch.tensor([[first + 1], [101 + first]])
+        return propose(self, scheduled, sampled, None, None, None, features, None, metadata, None)
+
+
+@torch.no_grad()
+def test_a_plain_step_is_kept_without_the_runners_preparation():
+    rests, runs = Runner(), Runner()
+    propose = with_catch_up(Runner.propose_draft_token_ids)
+    for first, is_discarded in enumerate([False, False, True, False]):
+        assert rests.step(propose, first, is_discarded).shape == (2, 0)
+        runs.step(Runner.propose_draft_token_ids, first, is_discarded)
+    assert rests.num_prepared == 1, "the step of which a token is discarded"
+    rests.drafter.specdec_catch_up._write()
+    layers = rests.drafter.model.model
+    assert layers.num_whole_runs == 0 and len(layers.attention.writes) == 1
+    torch.testing.assert_close(layers.attention.kv_cache, runs.drafter.model.model.attention.kv_cache)
+
+
+@torch.no_grad()
+def test_a_runner_of_another_kind_prepares_every_step(caplog):
+    runner = Runner()
+    propose = with_catch_up(Runner.propose_draft_token_ids)
+    runner.step(propose, 0)
+    runner._get_positions = None
+    assert runner.step(propose, 1).shape == (2, 0)
+    assert "plain steps run the head as well" in caplog.text and runner.drafter.model.model.num_whole_runs == 1
+
+
 @torch.no_grad()
 def test_what_waits_is_written_once_it_is_much():
     drafter = Drafter()
