@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import torch
 
 from draft_training.heads import load_head
 from draft_training.target_model import TargetModel
+from experiments.never_slower.slices import TOKENS
 from experiments.r1_shape.run import SHAPES
 from serving.launch import ServerPlan, plan_server
 from specdec.config import RunConfig, ServeConfig
@@ -45,7 +47,6 @@ RATES = [0.73, 0.52, 0.36]  # pretended, of each position: 2.61 tokens a draft
 SPEC_FLAG, TABLE = "--speculative-config", "num_speculative_tokens_per_batch_size"
 ROUNDS, RAMP_SEC, WINDOW_SEC, ADAPTATION_SEC = 2, 0.7, 2.0, 5.0
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 1500
-TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})?\s+(\S+)", re.MULTILINE)
 # Arm -> the policy it starts with; cells: arm -> the policies it is measured at.
 POLICIES = {"plain": None, "static": "static", "auto": "auto", "bare": "auto", "useless": "auto"}
 CELLS = [
@@ -56,8 +57,6 @@ CELLS = [
 
 def random_model(shape: str, tokenizer: Path, directory: Path) -> Target:
     """Target and EAGLE-3 head with random weights, as files."""
-    import shutil
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=131_072)
@@ -86,8 +85,8 @@ def random_model(shape: str, tokenizer: Path, directory: Path) -> Target:
 def plan_of(name: str, target: Target, head: Path, port: int, extra: list[str]) -> ServerPlan:
     """How ``specdec serve`` would start the arm, its acceptance pretended unless it is the useless head's."""
     policy = POLICIES[name]
-    serve = ServeConfig(max_num_seqs=MAX_NUM_SEQS, max_model_len=2048, port=port, speculation=policy is not None)
-    serve = dataclasses.replace(serve, policy=policy, preset="none")
+    serve = ServeConfig(max_num_seqs=MAX_NUM_SEQS, max_model_len=2048, port=port, policy=policy, preset="none")
+    serve.speculation = policy is not None
     flags = ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(4 << 30), *extra]
     manifest = HeadManifest.load(head)
     plan = plan_server(target, serve, RunConfig().target, detect_device(), head, manifest, flags)
