@@ -147,7 +147,7 @@ class Control:
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
             if step.steady and self.policy is not None:
                 self.policy.observe_step(step.batch, step.width, seconds, step.sampled)
-            plain = self._plain_tok_per_sec(step.batch)
+            plain = self._plain_tok_per_sec
             self.monitor.observe_step(step.batch, step.width, seconds, num_tokens, self._now(), plain)
         self._ended_sec = now
         self._steps_to_forget -= 1

@@ -135,6 +135,8 @@ class StepTimes:
         One figure for all K: each K's own, from few steps, would favour the K with the largest error.
         """
         size = bucket(batch)
+        if batch == size:
+            return 1.0
         widths = [k for each, k in self._typical if each == size and (size // 2, k) in self._typical]
         full, half = (sum(self._typical[each, k] for k in widths) for each in (size, size // 2))
         growth = min(1.0, max(0.0, 2 * (1 - half / full))) if full else UNKNOWN_GROWTH

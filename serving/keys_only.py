@@ -18,6 +18,7 @@ from typing import Any
 logger = logging.getLogger("vllm.specdec")
 
 MANY = 256  # tokens: enough that the call's own cost is small, few enough that no step waits long
+FEWEST = 16  # rows of a write
 
 
 class KeysOnly:
@@ -91,24 +92,37 @@ class KeysOnly:
         self.waiting.append(inputs)
         self.num_waiting += len(inputs[0])
         if self.num_waiting >= MANY:
-            self._write()
+            self._write(self.num_waiting // MANY * MANY)
 
-    def _write(self) -> None:
-        """Keys and values of all that waits, into the head's cache."""
+    def _write(self, count: int | None = None) -> None:
+        """Keys and values of the first ``count`` tokens that wait (None: of all) into the head's cache."""
         import torch
 
-        waiting, self.waiting, self.num_waiting = self.waiting, [], 0
-        if not waiting:
+        if not self.waiting:
             return
-        ids, positions, hidden_states, slots = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        inputs = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
+        count = len(inputs[0]) if count is None else count
+        left = tuple(part[count:].clone() for part in inputs)
+        self.waiting, self.num_waiting = [left] if len(left[0]) else [], len(left[0])
+        for begin in range(0, count, MANY):  # in their order: a later token of the same slot stays
+            self._write_rows(*(part[begin : min(begin + MANY, count)] for part in inputs))
+
+    def _write_rows(self, ids: Any, positions: Any, hidden_states: Any, slots: Any) -> None:
+        """At most ``MANY`` tokens, made up to a power of two: on a CPU a matrix product of a number of rows that was
+        not seen before is compiled first, which takes several times as long as the product."""
         newest = newest_of_each(slots)
+        slots = slots[newest]
+        size = max(FEWEST, 1 << (len(slots) - 1).bit_length())
+        rows = newest.new_zeros(size)
+        rows[: len(slots)] = newest
         model = self.drafter.model
         model = model.unwrap() if hasattr(model, "unwrap") else model
+        hidden_states = hidden_states[rows]
         if self.drafter.method == "eagle3":
             hidden_states = model.combine_hidden_states(hidden_states)
-        hook = self.attention.register_forward_pre_hook(_taking(slots[newest]))
+        hook = self.attention.register_forward_pre_hook(_taking(slots))
         try:
-            model.model.forward(input_ids=ids[newest], positions=positions[newest], hidden_states=hidden_states[newest])
+            model.model.forward(input_ids=ids[rows], positions=positions[rows], hidden_states=hidden_states)
         except _Written:
             return
         finally:
@@ -128,12 +142,12 @@ class _Written(Exception):  # noqa: N818 - no error
 
 
 def _taking(slots: Any) -> Any:
-    """A hook of vLLM's attention layer that writes what it is called with to ``slots``, and ends the forward."""
+    """A hook of vLLM's attention layer that writes the first it is called with to ``slots``, and ends the forward."""
 
     def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
         _query, key, value, *_ = inputs
-        key = key.view(-1, attention.num_kv_heads, attention.head_size)
-        value = value.view(-1, attention.num_kv_heads, attention.head_size_v)
+        key = key.view(-1, attention.num_kv_heads, attention.head_size)[: len(slots)]
+        value = value.view(-1, attention.num_kv_heads, attention.head_size_v)[: len(slots)]
         attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
         raise _Written
 

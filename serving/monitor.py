@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,9 +116,18 @@ class Monitor:
             self.event(at_sec, "alarm", self.drift.reason or "acceptance is back to what training measured")
 
     def observe_step(
-        self, batch: int, num_draft_tokens: int, seconds: float, num_tokens: int, at_sec: float, plain: float | None
+        self,
+        batch: int,
+        num_draft_tokens: int,
+        seconds: float,
+        num_tokens: int,
+        at_sec: float,
+        plain: Callable[[int], float | None],
     ) -> None:
-        """A step that only decoded; ``plain``: tokens per second that plain decode would give, None: unknown."""
+        """A step that only decoded; ``plain``: tokens per second that plain decode would give a batch, None: unknown.
+
+        Asked once a second, for that is an estimate of some microseconds.
+        """
         self.k_histogram[num_draft_tokens] += 1
         self.num_output_tokens += num_tokens
         self.num_sequence_steps += batch
@@ -134,7 +143,7 @@ class Monitor:
                 "at_sec": at_sec,
                 "num_speculative_tokens": num_draft_tokens,
                 "goodput_tok_per_sec": self.goodput_tok_per_sec,
-                "plain_tok_per_sec": plain,
+                "plain_tok_per_sec": plain(batch),
                 "acceptance_length": self.recent.acceptance_length,
                 "batch": batch,
             }

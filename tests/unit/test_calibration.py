@@ -60,7 +60,7 @@ def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():
         control.policy.observe_draft(3, 0)
         control.policy.observe_step(1, 3, 0.04)
         control.policy.observe_step(1, 0, 0.02)
-        control.monitor.observe_step(1, 3, 0.04, 1, 1.0, None)
+        control.monitor.observe_step(1, 3, 0.04, 1, 1.0, lambda batch: None)
     control.calibrated()
     assert control.policy.acceptance.conditional_rates == pytest.approx(rates)
     assert control.policy.times.estimate(1, 3) == 0.04 and control.policy.times.estimate(1, 0) == 0.02

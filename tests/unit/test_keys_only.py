@@ -48,8 +48,10 @@ class Layers(nn.Module):
         self.qkv = nn.Linear(2 * WIDTH + 1, WIDTH + 2 * NUM_KV_HEADS * HEAD_SIZE)
         self.attention = Attention()
         self.num_whole_runs = 0
+        self.sizes: list[int] = []
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(input_ids))
         inputs = torch.cat([self.embed(input_ids), hidden_states, positions[:, None].float()], -1)
         size = NUM_KV_HEADS * HEAD_SIZE
         attended = self.attention(*self.qkv(inputs).split([WIDTH, size, size], dim=-1))
@@ -211,13 +213,46 @@ def test_a_runner_of_another_kind_prepares_every_step(caplog):
 def test_what_waits_is_written_once_it_is_much():
     drafter = Drafter()
     keys_only = KeysOnly(drafter)
+    layers = drafter.model.model
     prompt = [(0, 0, [*range(100, 116)], 0)]
     for _ in range(MANY // 15):
         step(keys_only, 0, prompt)
-        assert drafter.model.model.attention.writes == []
+        assert layers.attention.writes == []
     step(keys_only, 0, prompt)
-    assert drafter.model.model.attention.writes == [list(range(15))]
-    assert keys_only.waiting == []
+    assert layers.attention.writes == [list(range(15))]
+    left = 15 * (MANY // 15 + 1) - MANY
+    assert keys_only.num_waiting == left == sum(len(slots) for *_, slots in keys_only.waiting)
+    step(keys_only, 1, [(1, 0, [5, 6], 0)])
+    assert len(layers.attention.writes[1]) == left and keys_only.waiting == []
+
+
+@torch.no_grad()
+def test_writes_come_in_few_sizes():
+    rests, runs = Drafter(), Drafter()
+    keys_only = KeysOnly(rests)
+    for count in range(1, 40):
+        tokens = [(0, 0, [*range(count + 1)], 0)]
+        step(keys_only, 0, tokens)
+        step(runs.propose, 0, tokens)
+        keys_only._write()
+        assert len(rests.model.model.attention.writes[-1]) == count
+    assert set(rests.model.model.sizes) == {16, 32, 64}
+    torch.testing.assert_close(rests.model.model.attention.kv_cache, runs.model.model.attention.kv_cache)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_written_in_parts_and_a_later_token_of_a_slot_stays():
+    count = MANY + 2
+    inputs = torch.arange(count), torch.arange(count), torch.randn(count, 3 * WIDTH), torch.arange(count) % NUM_SLOTS
+    inputs[-1][-1] = 0  # as the first one's
+    whole, last = KeysOnly(Drafter()), KeysOnly(Drafter())
+    whole._keep(*inputs)
+    whole._write()
+    last._keep(*(part[-1:] for part in inputs))
+    last._write()
+    attention = whole.drafter.model.model.attention
+    assert len(attention.writes) == 2 and 0 in attention.writes[0]
+    torch.testing.assert_close(attention.kv_cache[0], last.drafter.model.model.attention.kv_cache[0])
 
 
 @torch.no_grad()

@@ -53,8 +53,8 @@ def test_status_has_every_figure_and_is_json():
     assert json.loads(json.dumps(monitor.status()))["acceptance_length"] is None
     monitor.observe_drafts(Draft(3, 1, position_bucket(0), "think"), 2, 0.5)
     monitor.observe_drafts(Draft(2, 2, position_bucket(300), "answer"), 1, 0.5)
-    monitor.observe_step(3, 3, 0.1, 7, 0.5, 55.0)
-    monitor.observe_step(3, 0, 0.3, 3, 0.6, 55.0)
+    monitor.observe_step(3, 3, 0.1, 7, 0.5, lambda batch: 55.0)
+    monitor.observe_step(3, 0, 0.3, 3, 0.6, lambda batch: 55.0)
     status = json.loads(json.dumps(monitor.status()))
     assert status["goodput_tok_per_sec"] == pytest.approx(25, rel=0.1)
     assert status["fallback_share"] == pytest.approx(0.75)
@@ -75,7 +75,7 @@ def test_status_has_every_figure_and_is_json():
 def test_history_and_events_are_bounded():
     monitor = Monitor(1)
     for second in range(2 * MAX_HISTORY):
-        monitor.observe_step(1, 1, 0.1, 1, float(second), None)
+        monitor.observe_step(1, 1, 0.1, 1, float(second), lambda batch: None)
         monitor.event(second, "policy", "K=1")
     status = monitor.status()
     assert len(status["history"]) == MAX_HISTORY and status["history"][-1]["at_sec"] == 2 * MAX_HISTORY - 1
