@@ -7,6 +7,9 @@ of the parts says which arm is best and the other half measures.
 
 Sampled answers bring luck: of ten requests of 64 tokens each, two servers that draft alike accept 5 % more or less. So
 a third ratio says what the times alone do, with each arm's tokens as they would be at the acceptance of all arms.
+
+The worst of twelve such ratios is mostly the unluckiest. What the policy does on the whole says their geometric mean,
+and at how many loads it is surely slower: there the whole interval lies below ``ENOUGH``.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from specdec.record import write_json_atomic
 
 OUT = Path(__file__).with_name("result.json")
 NUM_PARTS = 12
+ENOUGH = 0.97  # of the speed that it is held against
 FIXED = "k"  # how the names of the arms of a fixed K begin
 
 
@@ -161,9 +165,14 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         found["trained_without_luck"][label] = {"ratio": [without_luck(load, "auto")]}
         found["random"][label] = {"against": "plain", "ratio": ratio(load, "random", "plain")}
     ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
+    is_slower = {
+        key: [bool(max(each["ratio"]) < ENOUGH) for each in found[key].values()] for key in ("trained", "random")
+    }
     return points, {
         **{f"worst_ratio_{key}": min(values) for key, values in ratios.items()},
         **{f"median_ratio_{key}": statistics.median(values) for key, values in ratios.items()},
+        **{f"mean_ratio_{key}": statistics.geometric_mean(values) for key, values in ratios.items()},
+        **{f"num_surely_slower_{key}": sum(loads) for key, loads in is_slower.items()},
         "ratios": found,
     }
 

@@ -63,6 +63,20 @@ def test_ratios_are_of_slices_that_shared_their_moment(work):
     assert by_arm["plain", None]["acceptance_length"] is None and by_arm["plain", None]["runs"] == 4
 
 
+def test_the_whole_interval_tells_where_the_policy_is_surely_slower(work):
+    write_load(0.0, 1, ARMS)  # 0.967 of the best
+    write_load(0.0, 2, {**ARMS, "auto": 30.0, "random": 20.0})
+    write_load(0.0, 4, {**ARMS, "auto": 28.0})
+    load = json.loads(steady.load_path(4, 0.0).read_text())
+    load["work"]["auto"]["seconds"] = [0.0, *accumulate([3.5, 3.5, 9.0, 1.0])]  # once three times as fast as the best
+    steady.load_path(4, 0.0).write_text(json.dumps(load))
+    _, summary = never_slower.steady()
+    ratios = [each["ratio"][0] for each in summary["ratios"]["trained"].values()]
+    assert ratios[2] < 0.99 and summary["num_surely_slower_trained"] == 1
+    assert json.loads(json.dumps(summary))["num_surely_slower_random"] == 0
+    assert summary["mean_ratio_random"] == pytest.approx((0.98 * 1.0 * 0.98) ** (1 / 3))
+
+
 def test_an_arm_that_was_lucky_in_one_half_is_not_the_best_of_the_other(work):
     """k1 and k2 take turns in being fast: whichever one half names is the slower one in the other."""
     write_load(0.0, 2, {**ARMS, "k1": 25.0, "k2": 25.0, "k3": 20.0, "auto": 25.0})
