@@ -29,6 +29,9 @@ ITEM = Item(
 GOOD = "def bump(xs: List[int]):\n    return [helper(x) for x in xs]\n"
 
 
+PR_SET_NAME = 15  # of prctl
+
+
 def fenced(code: str, language: str = "python") -> str:
     return f"<think>\nhm\n</think>\n\nHere:\n\n```{language}\n{code}\n```\nDone."
 
@@ -128,9 +131,9 @@ def test_processes_are_refused(code: str):
 
 
 def test_forks_behind_the_hook_are_bounded_and_end_with_the_check():
-    bomb = """
-import ctypes
-libc = ctypes.CDLL(None)
+    name = f"bomb-{os.getpid()}"  # other tests run checks beside this one
+    bomb = f"import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.prctl({PR_SET_NAME}, {name.encode()}) == 0"
+    bomb += """
 made = 0
 for _ in range(100):
     pid = libc.fork()
@@ -147,18 +150,18 @@ raise ValueError(f"made {made}.")
     verdict = str(run_limited([bomb]))
     assert int(verdict.split("made ")[1].rstrip(".")) < 40
     deadline = time.monotonic() + 5
-    while _children_left() and time.monotonic() < deadline:
+    while (left := _named(name)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert _children_left() == []
+    assert left == []
 
 
-def _children_left() -> list[str]:
-    """Process ids of harness processes; their children keep the command line."""
+def _named(name: str) -> list[str]:
+    """Ids of the processes of this name; what a process forks has its name."""
     left = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if b"sandbox_child.py" in (entry / "cmdline").read_bytes():
+                if (entry / "comm").read_text().strip() == name:
                     left.append(entry.name)
             except OSError:
                 continue
