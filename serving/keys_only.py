@@ -98,14 +98,14 @@ class KeysOnly:
         """Keys and values of the first ``count`` tokens that wait (None: of all) into the head's cache."""
         import torch
 
-        if not self.waiting:
+        if not self.num_waiting:
             return
         inputs = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
         count = len(inputs[0]) if count is None else count
         left = tuple(part[count:].clone() for part in inputs)
         self.waiting, self.num_waiting = [left] if len(left[0]) else [], len(left[0])
-        for begin in range(0, count, MANY):  # in their order: a later token of the same slot stays
-            self._write_rows(*(part[begin : min(begin + MANY, count)] for part in inputs))
+        for rows in zip(*(part[:count].split(MANY) for part in inputs), strict=True):
+            self._write_rows(*rows)  # in their order: a later token of the same slot stays
 
     def _write_rows(self, ids: Any, positions: Any, hidden_states: Any, slots: Any) -> None:
         """At most ``MANY`` tokens, made up to a power of two: on a CPU a matrix product of a number of rows that was

@@ -30,6 +30,7 @@ from specdec.record import write_json_atomic
 OUT = Path(__file__).with_name("result.json")
 NUM_PARTS = 12
 ENOUGH = 0.97  # of the speed that it is held against
+WITH_INTERVAL = "trained", "random"  # of the ratios
 FIXED = "k"  # how the names of the arms of a fixed K begin
 
 
@@ -165,14 +166,12 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         found["trained_without_luck"][label] = {"ratio": [without_luck(load, "auto")]}
         found["random"][label] = {"against": "plain", "ratio": ratio(load, "random", "plain")}
     ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
-    is_slower = {
-        key: [bool(max(each["ratio"]) < ENOUGH) for each in found[key].values()] for key in ("trained", "random")
-    }
+    slower = {key: sum(bool(max(each["ratio"]) < ENOUGH) for each in found[key].values()) for key in WITH_INTERVAL}
     return points, {
         **{f"worst_ratio_{key}": min(values) for key, values in ratios.items()},
         **{f"median_ratio_{key}": statistics.median(values) for key, values in ratios.items()},
         **{f"mean_ratio_{key}": statistics.geometric_mean(values) for key, values in ratios.items()},
-        **{f"num_surely_slower_{key}": sum(loads) for key, loads in is_slower.items()},
+        **{f"num_surely_slower_{key}": number for key, number in slower.items()},
         "ratios": found,
     }
 
