@@ -49,7 +49,7 @@ class PolicySettings:
     probe_drafts: int = 12  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
     probe_share: float = 0.005  # of the time, that probes which don't pay may cost
-    min_probe_steps: int = 128  # from a change to plain decode, or a probe, to the next probe: at least,
+    min_probe_steps: int = 64  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
     min_recheck_steps: int = 32  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 256  # and at most
