@@ -10,6 +10,7 @@ from itertools import accumulate
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 UNDISTURBED = 10  # one in so many steps is undisturbed
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
+BORROWED = 2  # steps that a time of the other kind of batch counts for
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
@@ -141,6 +142,20 @@ class StepTimes:
         full, half = (sum(self._typical[each, k] for k in widths) for each in (size, size // 2))
         growth = min(1.0, max(0.0, 2 * (1 - half / full))) if full else UNKNOWN_GROWTH
         return 1 - growth * (1 - batch / size)
+
+    def borrow(self, other: StepTimes, batch: int, max_draft_tokens: int) -> None:
+        """Start from what ``other`` knows of this batch size, if it knows plain and widest steps.
+
+        Each time counts as ``BORROWED`` steps, so that a few of one's own soon outnumber them.
+        """
+        size = bucket(batch)
+        row = {key: seconds for key, seconds in other._typical.items() if key[0] == size}
+        if (size, 0) not in row or (size, max_draft_tokens) not in row:
+            return
+        for key, seconds in row.items():
+            if key not in self._typical:
+                self._last[key] = deque([seconds] * BORROWED, self.window)
+                self._typical[key], self._moved[key] = seconds, 0.0
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
         """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""

@@ -236,9 +236,14 @@ class Policy:
     def _unknown(self, batch: int) -> int | None:
         """K to time at this batch size. The ends of the range must be known; between them a line will do.
 
-        Where no step is of use (one that also reads a prompt is not) trials come further and further apart.
+        A batch of sampled sequences takes much the time of a greedy one: the first of its size starts from what is
+        known of the other kind. Where no step is of use (one that also reads a prompt is not) trials come further and
+        further apart.
         """
         for width in (self.max_draft_tokens, 0):
+            if self.times.num_observed(batch, width) >= 2:
+                continue
+            self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
             if self.times.num_observed(batch, width) >= 2:
                 continue
             key = self.times is self._times[True], bucket(batch), width

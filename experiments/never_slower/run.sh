@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
 # (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back. The servers share
-# the machine in short slices, so that what else happens on it meets all of them alike. About 75 minutes on 2 cores and 20 GB of
+# the machine in short slices, so that what else happens on it meets all of them alike. About 85 minutes on 2 cores and 20 GB of
 # memory; an interrupted run goes on, and `rm -r runs/never_slower` starts anew. Scaled down from a real study in tokens a
 # request and in passes over the requests.
 #   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS]]]           (default: the demo's head, 2, 64)

@@ -128,7 +128,10 @@ def main() -> None:
     options = parser.parse_args()
     loads = {
         load_path(concurrency, temperature): Load(
-            concurrency=concurrency, temperature=temperature, passes=options.passes, mean_tokens=options.tokens
+            concurrency=concurrency,
+            temperature=temperature,
+            passes=options.passes * (2 if temperature else 1),  # by chance sampled answers differ in what is accepted
+            mean_tokens=options.tokens,
         )
         for temperature in TEMPERATURES
         for concurrency in LOADS

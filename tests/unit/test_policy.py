@@ -182,6 +182,22 @@ def test_greedy_and_sampled_loads_in_turn_each_keep_what_was_measured_of_them():
     assert sum(late) > 0.85 * len(late)
 
 
+@pytest.mark.parametrize("is_first_sampled", [False, True])
+@pytest.mark.parametrize("best", [0, K])
+def test_the_first_load_of_the_other_kind_starts_from_what_is_known_of_this_one(is_first_sampled, best):
+    """Without a trial of its own."""
+    policy = Policy(K, GOOD)
+    widths = {False: [], True: []}
+    for sampled in [is_first_sampled] * 300 + [not is_first_sampled] * 12:
+        width = policy.choose(1, sampled)
+        if width:
+            policy.observe_draft(width, width if best else 0)
+        if widths[sampled][-1:] == [width]:
+            policy.observe_step(1, width, 0.02 * (1 + 0.05 * width), sampled)
+        widths[sampled].append(width)
+    assert set(widths[not is_first_sampled]) == {best}
+
+
 def test_a_useless_head_is_given_up_within_five_seconds_and_seldom_asked_again():
     engine = Engine(Policy(K, GOOD)).run(4000, 4, BAD)
     first_plain = next(i for i in range(len(engine.widths)) if set(engine.widths[i : i + 20]) == {0})
