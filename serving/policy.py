@@ -241,9 +241,8 @@ class Policy:
         further apart.
         """
         for width in (self.max_draft_tokens, 0):
-            if self.times.num_observed(batch, width) >= 2:
-                continue
-            self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
+            if self.times.num_observed(batch, width) < 2:
+                self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
             if self.times.num_observed(batch, width) >= 2:
                 continue
             key = self.times is self._times[True], bucket(batch), width
