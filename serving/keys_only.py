@@ -19,6 +19,8 @@ logger = logging.getLogger("vllm.specdec")
 
 MANY = 256  # tokens: enough that the call's own cost is small, few enough that no step waits long
 FEWEST = 16  # rows of a write
+LONG_REST = 512  # plain steps, which probes do not interrupt:
+LONGEST_PROBE = 16  # steps in a row that draft
 
 
 class KeysOnly:
@@ -29,6 +31,7 @@ class KeysOnly:
         self.attention = attention_layers(drafter)[0]
         self.waiting: list[tuple[Any, ...]] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
         self.num_waiting = 0  # tokens
+        self.num_plain = self.num_drafting = 0  # steps: since drafting ended, and since the last plain one
         self.has_failed = False
 
     def __call__(
@@ -45,6 +48,7 @@ class KeysOnly:
         """As the proposer's own; at K = 0 its empty drafts without running the head."""
         try:
             if not self.has_failed:
+                self._count(num_speculative_tokens)
                 if num_speculative_tokens == 0:
                     last = token_indices_to_sample
                     last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
@@ -78,10 +82,21 @@ class KeysOnly:
         is_plain = step.max_query_len == 1 and tuple(sampled_token_ids.shape) == (count, 1)
         if self.has_failed or not is_plain or runner.discard_request_mask.np[:count].any():
             return None
+        self._count(0)
         ids = sampled_token_ids[:, 0].int()
+        if self.num_plain > LONG_REST:
+            return ids.new_empty((count, 0))
         features = torch.cat([part[:count] for part in hidden_states], dim=-1)  # a copy, also of a single one
         self._keep(ids, runner._get_positions(count).clone(), features, step.slot_mapping[:count].clone())
         return ids.new_empty((count, 0))
+
+    def _count(self, num_speculative_tokens: int) -> None:
+        if num_speculative_tokens == 0:
+            self.num_plain, self.num_drafting = self.num_plain + 1, 0
+            return
+        self.num_drafting += 1
+        if self.num_drafting > LONGEST_PROBE:
+            self.num_plain = 0
 
     def fail(self, error: Exception) -> None:
         """Run the head in every step from now on."""

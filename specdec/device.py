@@ -110,7 +110,11 @@ def vllm_environment(
     if threads_bind == "auto":
         threads_bind = existing.get("VLLM_CPU_OMP_THREADS_BIND") or core_ranges(device.core_ids)
     environment = {"VLLM_CPU_OMP_THREADS_BIND": threads_bind, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
-    defaults = {"VLLM_USE_AOT_COMPILE": "0", "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "compiled")}
+    defaults = {
+        "VLLM_USE_AOT_COMPILE": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "compiled"),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
     environment |= {name: value for name, value in defaults.items() if name not in existing}
     preload = preload_value(existing.get("LD_PRELOAD", ""))
     return environment | ({"LD_PRELOAD": preload} if preload else {})

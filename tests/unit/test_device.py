@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,8 +66,29 @@ def test_a_cpu_server_uses_the_compile_cache_that_works(monkeypatch, tmp_path: P
     environment = vllm_environment(cpu, existing={})
     assert environment["VLLM_USE_AOT_COMPILE"] == "0"
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
-    chosen = vllm_environment(cpu, existing={"TORCHINDUCTOR_CACHE_DIR": "/mine", "VLLM_USE_AOT_COMPILE": "1"})
-    assert not {"TORCHINDUCTOR_CACHE_DIR", "VLLM_USE_AOT_COMPILE"} & set(chosen)
+    mine = {"TORCHINDUCTOR_CACHE_DIR": "/mine", "VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1"}
+    assert not mine.keys() & set(vllm_environment(cpu, existing=mine))
+
+
+def test_a_cpu_server_s_memory_comes_in_huge_pages():
+    """A child with its environment allocates what a weight would take, and asks Linux which pages it got."""
+    name, version = platform.libc_ver()
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        pytest.skip("this C library takes no such wish")
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    program = (
+        "import ctypes\nblock = ctypes.create_string_buffer(64 << 20)\nctypes.memset(block, 1, len(block))\n"
+        "rows = open('/proc/self/smaps_rollup').read().splitlines()\n"
+        "print(next(row.split()[1] for row in rows if row.startswith('AnonHugePages')))"
+    )
+    wish = vllm_environment(Device(kind="cpu", core_ids=(0, 1), native_bf16=False), existing={})["GLIBC_TUNABLES"]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment | {"GLIBC_TUNABLES": wish}, capture_output=True, text=True
+    )
+    assert int(answer.stdout) >= 32 << 10, answer.stderr
 
 
 @pytest.mark.parametrize(("native_bf16", "settled"), [(True, "bfloat16"), (False, "float32")])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from serving.catch_up import CatchUp, with_catch_up
-from serving.keys_only import MANY, KeysOnly, newest_of_each
+from serving.keys_only import LONG_REST, LONGEST_PROBE, MANY, KeysOnly, newest_of_each
 
 WIDTH, HEAD_SIZE, NUM_KV_HEADS, NUM_SLOTS = 12, 4, 2, 64
 
@@ -197,6 +197,31 @@ def test_a_plain_step_is_kept_without_the_runners_preparation():
     layers = rests.drafter.model.model
     assert layers.num_whole_runs == 0 and len(layers.attention.writes) == 1
     torch.testing.assert_close(layers.attention.kv_cache, runs.drafter.model.model.attention.kv_cache)
+
+
+@torch.no_grad()
+def test_after_a_long_rest_only_prompts_are_kept_until_drafting_lasts():
+    runner, kept = Runner(), []
+    propose = with_catch_up(Runner.propose_draft_token_ids)
+
+    def num_kept(steps: int, width: int = 0) -> int:
+        """Tokens of so many steps of two sequences."""
+        kept.clear()
+        for _ in range(steps):
+            assert runner.step(propose, 0, width=width).shape == (2, width)
+        return sum(kept)
+
+    num_kept(1)
+    keys_only = runner.drafter.specdec_catch_up
+    keys_only._keep = lambda *inputs: kept.append(len(inputs[0]))
+    assert num_kept(LONG_REST - 1) == 2 * (LONG_REST - 1)
+    assert num_kept(20) == 0
+    step(keys_only, 0, STEPS[0])
+    assert kept == [4], "both prompts"
+    num_kept(LONGEST_PROBE, width=3)
+    assert num_kept(20) == 0, "a probe is no end of the rest"
+    num_kept(LONGEST_PROBE + 1, width=3)
+    assert num_kept(20) == 40
 
 
 @torch.no_grad()
