@@ -14,13 +14,12 @@ from typing import Any
 
 from serving.control import CALIBRATION
 from serving.engine_status import EngineStatus, EngineUnavailableError
-from serving.policy import AUTO
+from serving.policy import ASYNCHRONOUS, AUTO, PolicySettings
 
 logger = logging.getLogger("vllm.specdec")
 
 LONGEST_SEC = 10.0
 PROMPT_IDS = [1, 2, 3, 4, 5, 6, 7, 8]  # of any vocabulary
-NEW_TOKENS = 32  # two trials of six steps at K = 3, all accepted; at a wider K the rest may be timed as it comes
 
 
 async def calibrate(engine_client: Any, status: EngineStatus) -> None:
@@ -39,8 +38,9 @@ async def calibrate(engine_client: Any, status: EngineStatus) -> None:
 async def _run_sizes(engine_client: Any) -> int:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
-    most = engine_client.vllm_config.scheduler_config.max_num_seqs
+    config = engine_client.vllm_config
+    most, num_tokens = config.scheduler_config.max_num_seqs, _tokens_of_trials(config)
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     sizes = [2**i for i in range(most.bit_length()) if 2**i <= most]
     done = 0
     try:
@@ -51,6 +51,14 @@ async def _run_sizes(engine_client: Any) -> int:
     except TimeoutError:
         logger.info("specdec: larger batches than %d are timed as they come", sizes[max(0, done - 1)])
     return done
+
+
+def _tokens_of_trials(config: Any) -> int:
+    """Of an answer: room for a trial of the widest drafts, all accepted, one of none, and a step between them."""
+    steps = (ASYNCHRONOUS if config.scheduler_config.async_scheduling else PolicySettings()).trial_steps
+    most = config.model_config.max_model_len - len(PROMPT_IDS)
+    widest = 1 + config.num_speculative_tokens
+    return min((steps + 2) * widest + steps, most)
 
 
 async def _run(engine_client: Any, sampling: Any, request_id: str) -> None:

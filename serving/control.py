@@ -6,8 +6,10 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from serving.estimates import bucket
 from serving.head_watch import WINDOW, HeadWatch
 from serving.monitor import Draft, DraftRates, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
@@ -30,6 +32,16 @@ class Step(NamedTuple):
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
     sampled: bool = False  # not all of them are greedy
+
+
+@dataclass(slots=True)
+class Run:
+    """Steps of one kind whose time is taken together."""
+
+    kind: tuple[int, int, bool] | None = None  # batch size, K, and whether some are not greedy
+    batches: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    is_broken: bool = True  # whether the last step was of another kind
 
 
 class Control:
@@ -60,6 +72,7 @@ class Control:
         self._ended_sec: float | None = None
         self._steps: deque[Step] = deque(maxlen=16)  # asynchronous: the next is scheduled before the last has ended
         self._asked = 0
+        self._run = Run()
         self._reported: int | None = None
         self._steps_to_forget = FORGET_EVERY
 
@@ -145,16 +158,37 @@ class Control:
         if step.batch:
             waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
-            if step.steady and self.policy is not None:
-                self.policy.observe_step(step.batch, step.width, seconds, step.sampled)
+            self._time(step, seconds)
             plain = self._plain_tok_per_sec
             self.monitor.observe_step(step.batch, step.width, seconds, num_tokens, self._now(), plain)
+        else:
+            self._run.is_broken = True
         self._ended_sec = now
         self._steps_to_forget -= 1
         if self._steps_to_forget == 0:
             self._steps_to_forget = FORGET_EVERY
             self.pinned = {name: width for name, width in self.pinned.items() if is_alive(name)}
             self.spans.forget([name for name in self.spans.known if not is_alive(name)])
+
+    def _time(self, step: Step, seconds: float) -> None:
+        """Tell the policy how long such a step takes, once ``steps_per_time`` of its kind have ended.
+
+        Where they are several, one that follows another kind of step does not count: it began while that one ran.
+        """
+        if self.policy is None:
+            return
+        size, run = self.policy.settings.steps_per_time, self._run
+        kind = bucket(step.batch), step.width, step.sampled
+        follows, run.is_broken = not run.is_broken, not step.steady
+        if not step.steady or (size > 1 and not follows):
+            return
+        if kind != run.kind:
+            run.kind, run.batches, run.seconds = kind, [], 0.0
+        run.batches.append(step.batch)
+        run.seconds += seconds
+        if len(run.batches) == size:
+            self.policy.observe_step(round(sum(run.batches) / size), step.width, run.seconds / size, step.sampled)
+            run.batches, run.seconds = [], 0.0
 
     # What a swap of the head does
 

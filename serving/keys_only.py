@@ -17,7 +17,7 @@ from typing import Any
 
 logger = logging.getLogger("vllm.specdec")
 
-MANY = 256  # tokens: enough that the call's own cost is small, few enough that no step waits long
+MANY = 256  # tokens of a write: enough that the call's own cost is small, few enough that no step waits long
 FEWEST = 16  # rows of a write
 LONG_REST = 512  # plain steps, which probes do not interrupt:
 LONGEST_PROBE = 16  # steps in a row that draft
@@ -26,8 +26,9 @@ LONGEST_PROBE = 16  # steps in a row that draft
 class KeysOnly:
     """Stands in front of an EAGLE proposer's ``propose``. One object a worker, called once a step."""
 
-    def __init__(self, drafter: Any) -> None:
-        self.drafter, self.propose = drafter, drafter.propose
+    def __init__(self, drafter: Any, many: int = MANY) -> None:
+        """``many``: tokens that wait at most, and of one write."""
+        self.drafter, self.propose, self.many = drafter, drafter.propose, many
         self.attention = attention_layers(drafter)[0]
         self.waiting: list[tuple[Any, ...]] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
         self.num_waiting = 0  # tokens
@@ -48,15 +49,15 @@ class KeysOnly:
         """As the proposer's own; at K = 0 its empty drafts without running the head."""
         try:
             if not self.has_failed:
-                self._count(num_speculative_tokens)
+                self.count(num_speculative_tokens)
                 if num_speculative_tokens == 0:
                     last = token_indices_to_sample
                     last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
                     ids = _shifted(target_token_ids, last, next_token_ids)
                     slots = common_attn_metadata.slot_mapping[: len(ids)]
-                    self._keep(ids, target_positions.clone(), target_hidden_states.clone(), slots.clone())
+                    self.keep(ids, target_positions.clone(), target_hidden_states.clone(), slots.clone())
                     return next_token_ids.new_empty((common_attn_metadata.batch_size(), 0))
-                self._write()
+                self.write()
         except Exception as error:
             self.fail(error)
         return self.propose(
@@ -82,15 +83,21 @@ class KeysOnly:
         is_plain = step.max_query_len == 1 and tuple(sampled_token_ids.shape) == (count, 1)
         if self.has_failed or not is_plain or runner.discard_request_mask.np[:count].any():
             return None
-        self._count(0)
+        self.count(0)
         ids = sampled_token_ids[:, 0].int()
-        if self.num_plain > LONG_REST:
+        if self.is_long_rest:
             return ids.new_empty((count, 0))
         features = torch.cat([part[:count] for part in hidden_states], dim=-1)  # a copy, also of a single one
-        self._keep(ids, runner._get_positions(count).clone(), features, step.slot_mapping[:count].clone())
+        self.keep(ids, runner._get_positions(count).clone(), features, step.slot_mapping[:count].clone())
         return ids.new_empty((count, 0))
 
-    def _count(self, num_speculative_tokens: int) -> None:
+    @property
+    def is_long_rest(self) -> bool:
+        """Whether answers are not worth keeping any more."""
+        return self.num_plain > LONG_REST
+
+    def count(self, num_speculative_tokens: int) -> None:
+        """Once a step: whether it drafts."""
         if num_speculative_tokens == 0:
             self.num_plain, self.num_drafting = self.num_plain + 1, 0
             return
@@ -103,13 +110,14 @@ class KeysOnly:
         self.has_failed, self.waiting, self.num_waiting = True, [], 0
         logger.error("specdec: from now on plain steps run the head as well: %s", error, exc_info=error)
 
-    def _keep(self, *inputs: Any) -> None:
+    def keep(self, *inputs: Any) -> None:
+        """Let a step's tokens wait: ids [N], positions [N], the target's hidden states [N, width], slots [N]."""
         self.waiting.append(inputs)
         self.num_waiting += len(inputs[0])
-        if self.num_waiting >= MANY:
-            self._write(self.num_waiting // MANY * MANY)
+        if self.num_waiting >= self.many:
+            self.write(self.num_waiting // self.many * self.many)
 
-    def _write(self, count: int | None = None) -> None:
+    def write(self, count: int | None = None) -> None:
         """Keys and values of the first ``count`` tokens that wait (None: of all) into the head's cache."""
         import torch
 
@@ -119,11 +127,11 @@ class KeysOnly:
         count = len(inputs[0]) if count is None else count
         left = tuple(part[count:].clone() for part in inputs)
         self.waiting, self.num_waiting = [left] if len(left[0]) else [], len(left[0])
-        for rows in zip(*(part[:count].split(MANY) for part in inputs), strict=True):
+        for rows in zip(*(part[:count].split(self.many) for part in inputs), strict=True):
             self._write_rows(*rows)  # in their order: a later token of the same slot stays
 
     def _write_rows(self, ids: Any, positions: Any, hidden_states: Any, slots: Any) -> None:
-        """At most ``MANY`` tokens, made up to a power of two: on a CPU a matrix product of a number of rows that was
+        """At most ``many`` tokens, made up to a power of two: on a CPU a matrix product of a number of rows that was
         not seen before is compiled first, which takes several times as long as the product."""
         newest = newest_of_each(slots)
         slots = slots[newest]
@@ -185,10 +193,14 @@ def attention_layers(drafter: Any) -> list[Any]:
 
 def needs_keys_only(drafter: Any) -> bool:
     """Whether the head has one layer, drafts one token after another, and its keys can be written on their own."""
+    return not drafter.parallel_drafting and has_keys_of_its_own(drafter)
+
+
+def has_keys_of_its_own(drafter: Any) -> bool:
+    """Whether the head has one layer whose keys can be written without running it."""
     layers = attention_layers(drafter)
     return (
-        not drafter.parallel_drafting
-        and len(layers) == 1
+        len(layers) == 1
         and not layers[0].attn_backend.forward_includes_kv_cache_update
         and hasattr(layers[0].impl, "do_kv_cache_update")
     )

@@ -63,6 +63,16 @@ class PolicySettings:
     kept_steps: int = 8  # and of one that is no longer served: all of one stretch of time, trials must outnumber them
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
+    steps_per_time: int = 1  # whose time is taken together: what ``observe_step`` is told is their mean
+    lag_steps: int = 0  # that are scheduled before a step's outcome is known
+
+
+# An engine that schedules a step while the one before it runs books two in one go when it is late: of single steps some
+# look several times as fast as any is. Where engines do so, on a GPU, steps are short, so trials may have more of them.
+ASYNCHRONOUS = PolicySettings(
+    steps_per_time=8, lag_steps=1, dwell_steps=48, trial_steps=20, recheck_trial_steps=12, kept_steps=3,
+    min_probe_steps=256, max_probe_steps=16_384, min_recheck_steps=128, max_recheck_steps=1024,
+)  # fmt: skip
 
 
 class Policy:
@@ -221,7 +231,7 @@ class Policy:
 
     def _steps_of_probe(self, batch: int) -> int:
         """The first only drafts."""
-        return 1 + math.ceil(self.settings.probe_drafts / batch)
+        return 1 + self.settings.lag_steps + math.ceil(self.settings.probe_drafts / batch)
 
     def _steps_between_probes(self, batch: int, num_steps: int) -> int:
         """Plain steps of which a probe of ``num_steps`` costs ``probe_share``."""

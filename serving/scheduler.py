@@ -18,7 +18,7 @@ from typing import Any
 from serving.control import Control
 from serving.kept_policy import kept_policy
 from serving.monitor import Monitor, SpanTracker
-from serving.policy import Policy, parse_policy
+from serving.policy import ASYNCHRONOUS, Policy, parse_policy
 from serving.traffic import TrafficLog
 
 logger = logging.getLogger("vllm.specdec")
@@ -37,12 +37,12 @@ def make_scheduler(vllm_config: Any, **kwargs: Any) -> Any:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    return controlled(base)(vllm_config=vllm_config, **kwargs)
+    is_async = vllm_config.scheduler_config.async_scheduling
+    return controlled(AsyncScheduler if is_async else Scheduler, is_async)(vllm_config=vllm_config, **kwargs)
 
 
-def controlled(base: type) -> type:
-    """``base`` with a guarded control."""
+def controlled(base: type, is_async: bool = False) -> type:
+    """``base`` with a guarded control. ``is_async``: it schedules a step while the one before it runs."""
 
     class PolicyScheduler(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ def controlled(base: type) -> type:
                 logger.error("specdec: %s", self.specdec_failure)
                 return
             with Guard(self):
-                self.specdec = self.specdec_reports = _control(self.num_spec_tokens)
+                self.specdec = self.specdec_reports = _control(self.num_spec_tokens, is_async)
                 if self.specdec.policy is not None:
                     self.dynamic_sd_lookup = Lookup(self)
 
@@ -188,10 +188,10 @@ def command(scheduler: Any, request: str, facts: Mapping[str, Any] | None = None
         return json.dumps({"error": str(error)})
 
 
-def _control(num_spec_tokens: int) -> Control:
+def _control(num_spec_tokens: int, is_async: bool) -> Control:
     settings = json.loads(os.environ.get(POLICY_VARIABLE) or "{}")
     rates = [rate for rate in settings.get("conditional_rates") or () if rate is not None]
-    policy = Policy(num_spec_tokens, rates) if num_spec_tokens else None
+    policy = Policy(num_spec_tokens, rates, ASYNCHRONOUS if is_async else None) if num_spec_tokens else None
     if policy is not None:
         policy.set_mode(*parse_policy(kept_policy() or settings.get("policy") or "auto"))
     spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())

@@ -2,7 +2,7 @@
 
 **Questions.** The engine answers ``specdec`` (status, policy, another head), which the HTTP endpoints pass on.
 
-**Plain decode without the head's forward** (``serving/catch_up.py``).
+**Plain decode without the head's forward** (``serving/catch_up.py``; ``serving/resting_speculator.py`` on a GPU).
 
 **Drafts with the sampled tokens**, where the worker is a process of its own (``serving/draft_reply.py``).
 
@@ -48,6 +48,7 @@ from serving.candidates import by_candidates
 from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.nucleus import without_sort
+from serving.resting_speculator import with_rest
 from serving.synthetic import with_synthetic
 from serving.verification import (
     as_plain_step,
@@ -73,6 +74,8 @@ def register() -> None:
     if in_worker or (process.startswith("EngineCore") and not current_platform.is_cpu()):
         try:
             _patch_runner()
+            if not current_platform.is_cpu():
+                _patch_speculator()
         except (ImportError, AttributeError) as error:
             logger.error("specdec: speculation stays as vLLM has it: %s", error)
     if not current_platform.is_cpu():
@@ -119,6 +122,14 @@ def _patch_runner() -> None:
         SuffixDecodingProposer.propose = any_length(SuffixDecodingProposer.propose)
         Medusa.load_weights = with_token_map(Medusa.load_weights)
         Worker.sample_tokens = with_drafts(Worker.sample_tokens)
+
+
+def _patch_speculator() -> None:
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
+
+    if not hasattr(TargetDependentARSpeculator.propose, "specdec"):  # else: loaded before
+        TargetDependentARSpeculator.propose = with_rest(TargetDependentARSpeculator.propose)
+        TargetDependentARSpeculator.propose.specdec = True
 
 
 def _patch_top_p() -> None:

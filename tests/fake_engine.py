@@ -124,7 +124,11 @@ class FakeEngineClient:
         self.engine_core = self
         self.errored = False
         self.trouble: str | Exception | None = None  # "silent", or what is raised
-        self.vllm_config = Namespace(scheduler_config=Namespace(max_num_seqs=4))
+        self.vllm_config = Namespace(
+            scheduler_config=Namespace(max_num_seqs=4, async_scheduling=False),
+            model_config=Namespace(max_model_len=1024),
+            num_speculative_tokens=3,
+        )
         self.generated: list[tuple[str, int]] = []  # request id, and how many ran beside it
         self.hangs = False  # whether requests never end
         self._running = 0

@@ -5,7 +5,7 @@
 Weights are random, so drafts are accepted as often as vLLM is told to pretend (``synthetic``), or, in the arm of a
 useless head, as often as random weights agree. All servers start together on one GPU; then one at a time gets a load,
 in turn, for a few seconds, ``ROUNDS`` times over, and its output tokens are read from vLLM's own counter. The policy's
-server is also measured at each K fixed. ``bare`` is the policy without graphs for K below the largest.
+server is also measured at each K fixed, and at K = 0 beside one whose head runs in every step (``every_step``).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from specdec.targets import Target, resolve_target
 
 WIDTH, NUM_DRAFTED, MAX_NUM_SEQS = 3, 32_000, 128
 RATES = [0.73, 0.52, 0.36]  # pretended, of each position: 2.61 tokens a draft
-SPEC_FLAG, TABLE = "--speculative-config", "num_speculative_tokens_per_batch_size"
-ROUNDS, RAMP_SEC, WINDOW_SEC, ADAPTATION_SEC = 2, 0.7, 2.0, 5.0
+SPEC_FLAG = "--speculative-config"
+ROUNDS, RAMP_SEC, WINDOW_SEC, ADAPTATION_SEC = 3, 0.7, 2.0, 6.0
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 1500
 # Arm -> the policy it starts with; cells: arm -> the policies it is measured at.
-POLICIES = {"plain": None, "static": "static", "auto": "auto", "bare": "auto", "useless": "auto"}
+POLICIES = {"plain": None, "static": "static", "auto": "auto", "useless": "auto", "every_step": "off"}
 CELLS = [
-    ("plain", None), ("static", None), ("auto", "auto"), ("useless", "auto"), ("bare", "auto"), ("bare", "fixed:0"),
-    *[("auto", f"fixed:{width}") for width in range(WIDTH + 1)], ("plain", None),
+    ("plain", None), ("static", None), ("auto", "auto"), ("useless", "auto"),
+    *[("auto", f"fixed:{width}") for width in range(WIDTH + 1)], ("every_step", "fixed:0"), ("plain", None),
 ]  # fmt: skip
 
 
@@ -88,14 +88,14 @@ def plan_of(name: str, target: Target, head: Path, port: int, extra: list[str]) 
     serve = ServeConfig(max_num_seqs=MAX_NUM_SEQS, max_model_len=2048, port=port, policy=policy, preset="none")
     serve.speculation = policy is not None
     flags = ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(4 << 30), *extra]
+    if name == "every_step":
+        flags += ["--worker-extension-cls", "experiments.gpu_serving.every_step.Worker"]
     manifest = HeadManifest.load(head)
     plan = plan_server(target, serve, RunConfig().target, detect_device(), head, manifest, flags)
     if policy is None:
         return plan
     at = plan.argv.index(SPEC_FLAG) + 1
     speculative = json.loads(plan.argv[at])
-    if name == "bare":
-        speculative.pop(TABLE)
     if name != "useless":
         speculative |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": RATES}
     argv = [*plan.argv[:at], json.dumps(speculative), *plan.argv[at + 1 :]]
@@ -133,6 +133,8 @@ def started(plans: dict[str, ServerPlan], logs: Path) -> Iterator[dict[str, str]
     finally:
         for process in processes.values():
             process.terminate()
+        for process in processes.values():
+            process.wait()
 
 
 @contextlib.asynccontextmanager
@@ -216,7 +218,6 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen-1.5b")
     parser.add_argument("--loads", default="1,16,128", help="requests at a time")
-
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--work", type=Path, default=Path("runs/gpu_serving"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))

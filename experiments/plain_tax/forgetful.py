@@ -2,7 +2,7 @@
 
 from serving.keys_only import KeysOnly
 
-KeysOnly._write = lambda self, count=None: self.waiting.clear()  # type: ignore[method-assign]
+KeysOnly.write = lambda self, count=None: self.waiting.clear()  # type: ignore[method-assign]
 
 
 class Worker:

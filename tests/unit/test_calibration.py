@@ -14,7 +14,7 @@ from serving.calibration import calibrate
 from serving.control import CALIBRATION, Control
 from serving.engine_status import EngineStatus
 from serving.monitor import Monitor
-from serving.policy import Policy
+from serving.policy import ASYNCHRONOUS, Policy
 from tests.fake_engine import FakeEngineClient, make_status, plain_status
 
 
@@ -29,6 +29,24 @@ def test_each_batch_size_runs_as_one_batch():
     assert [beside for _, beside in client.generated] == [1] + [2] * 2 + [4] * 4
     names = [name for name, _ in client.generated]
     assert len(set(names)) == 7 and all(name.startswith(CALIBRATION) for name in names)
+
+
+@pytest.mark.parametrize(("is_async", "num_drafted"), [(False, 3), (False, 7), (True, 3)])
+def test_an_answer_has_room_for_both_trials(is_async: bool, num_drafted: int):
+    """All drafts are accepted, and only steps that verify the K that they draft are timed."""
+    config = FakeEngineClient(make_status()).vllm_config
+    config.scheduler_config.async_scheduling, config.num_speculative_tokens = is_async, num_drafted
+    policy = Policy(num_drafted, settings=ASYNCHRONOUS if is_async else None)
+    width = num_tokens = num_steady = 0
+    while min(policy.times.num_observed(1, k) for k in (0, num_drafted)) < 2:
+        verified, width = width, policy.choose(1)
+        num_tokens += 1 + verified
+        num_steady = num_steady + 1 if verified == width else 0
+        if num_steady and num_steady % policy.settings.steps_per_time == 0:
+            policy.observe_step(1, width, 0.02)
+    assert num_tokens <= calibration._tokens_of_trials(config)
+    config.model_config.max_model_len = 20
+    assert calibration._tokens_of_trials(config) == 20 - len(calibration.PROMPT_IDS)
 
 
 @pytest.mark.parametrize("status", [make_status(policy="off"), make_status(policy="fixed:2"), plain_status()])

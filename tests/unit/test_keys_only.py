@@ -193,7 +193,7 @@ def test_a_plain_step_is_kept_without_the_runners_preparation():
         assert rests.step(propose, first, is_discarded).shape == (2, 0)
         runs.step(Runner.propose_draft_token_ids, first, is_discarded)
     assert rests.num_prepared == 1, "the step of which a token is discarded"
-    rests.drafter.specdec_catch_up._write()
+    rests.drafter.specdec_catch_up.write()
     layers = rests.drafter.model.model
     assert layers.num_whole_runs == 0 and len(layers.attention.writes) == 1
     torch.testing.assert_close(layers.attention.kv_cache, runs.drafter.model.model.attention.kv_cache)
@@ -213,7 +213,7 @@ def test_after_a_long_rest_only_prompts_are_kept_until_drafting_lasts():
 
     num_kept(1)
     keys_only = runner.drafter.specdec_catch_up
-    keys_only._keep = lambda *inputs: kept.append(len(inputs[0]))
+    keys_only.keep = lambda *inputs: kept.append(len(inputs[0]))
     assert num_kept(LONG_REST - 1) == 2 * (LONG_REST - 1)
     assert num_kept(20) == 0
     step(keys_only, 0, STEPS[0])
@@ -259,7 +259,7 @@ def test_writes_come_in_few_sizes():
         tokens = [(0, 0, [*range(count + 1)], 0)]
         step(keys_only, 0, tokens)
         step(runs.propose, 0, tokens)
-        keys_only._write()
+        keys_only.write()
         assert len(rests.model.model.attention.writes[-1]) == count
     assert set(rests.model.model.sizes) == {16, 32, 64}
     torch.testing.assert_close(rests.model.model.attention.kv_cache, runs.model.model.attention.kv_cache)
@@ -271,10 +271,10 @@ def test_a_long_prompt_is_written_in_parts_and_a_later_token_of_a_slot_stays():
     inputs = torch.arange(count), torch.arange(count), torch.randn(count, 3 * WIDTH), torch.arange(count) % NUM_SLOTS
     inputs[-1][-1] = 0  # as the first one's
     whole, last = KeysOnly(Drafter()), KeysOnly(Drafter())
-    whole._keep(*inputs)
-    whole._write()
-    last._keep(*(part[-1:] for part in inputs))
-    last._write()
+    whole.keep(*inputs)
+    whole.write()
+    last.keep(*(part[-1:] for part in inputs))
+    last.write()
     attention = whole.drafter.model.model.attention
     assert len(attention.writes) == 2 and 0 in attention.writes[0]
     torch.testing.assert_close(attention.kv_cache[0], last.drafter.model.model.attention.kv_cache[0])

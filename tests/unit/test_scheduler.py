@@ -10,7 +10,7 @@ import pytest
 from serving.control import Control
 from serving.kept_policy import VARIABLE, keep_policy
 from serving.monitor import Monitor
-from serving.policy import Policy, parse_policy
+from serving.policy import ASYNCHRONOUS, Policy, parse_policy
 from serving.scheduler import POLICY_VARIABLE, command, controlled
 
 
@@ -178,6 +178,33 @@ def test_a_step_that_is_scheduled_before_the_last_has_ended_is_not_mixed_up_with
     control.now[0] += 0.05
     control.ended(4, lambda _: True)
     assert control.policy.times.num_observed(2, 0) == 0 and control.monitor.k_histogram == {3: 2, 0: 1}
+
+
+def test_an_engine_that_books_two_steps_in_one_go_is_timed_by_runs_of_steps():
+    """Steps of 2 ms; now and then the engine is late, and finds the next step done already."""
+    now = [0.0]
+    control = Control(Policy(3, settings=ASYNCHRONOUS), Monitor(3), clock=lambda: now[0])
+    times = control.policy.times
+
+    def end(seconds: float) -> None:
+        now[0] += seconds
+        control.ended(4, lambda _: True)
+
+    control.scheduled(step(2, 0, 3))  # the first of this K: no drafts are verified yet
+    for number in range(81):
+        control.scheduled(step(2, 3, 3))
+        end(0.0035 if number % 8 == 2 else 0.0005 if number % 8 == 3 else 0.002)
+    assert times.num_observed(2, 3) == 9
+    assert times.estimate(2, 3) == pytest.approx(0.002)
+    control.scheduled(step(2, 3, 3, prompt=40))
+    end(0.002)
+    control.scheduled(step(2, 3, 3))
+    end(0.030)  # the prompt's
+    for _ in range(9):
+        control.scheduled(step(2, 3, 3))
+        end(0.002)
+    assert times.num_observed(2, 3) == 11 and times.estimate(2, 3) == pytest.approx(0.002)
+    assert control.monitor.decode_sec == pytest.approx(92 * 0.002 - 0.0005, rel=0.01), "the monitor counts all"
 
 
 def test_the_policy_decides_and_learns_a_step_at_a_time(monkeypatch):
