@@ -1,8 +1,8 @@
 """Times of decode steps before the first request comes: the policy's trials, on tokens that nobody waits for.
 
-At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests, for the
-sizes that fit ``LONGEST_SEC``; others are tried when they first occur. What it learns of time stays; what was accepted
-says nothing, and is forgotten.
+At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests and with
+every K, for the sizes that fit ``LONGEST_SEC``; others are tried when they first occur, by their plain and widest steps
+alone. What it learns of time stays; what was accepted says nothing, and is forgotten.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ async def _run_sizes(engine_client: Any) -> int:
 
 
 def _tokens_of_trials(config: Any) -> int:
-    """Of an answer: room for a trial of the widest drafts, all accepted, one of none, and a step between them."""
+    """Of an answer: room for a trial of each K, all drafts accepted, and a step after it."""
     steps = (ASYNCHRONOUS if config.scheduler_config.async_scheduling else PolicySettings()).trial_steps
     most = config.model_config.max_model_len - len(PROMPT_IDS)
-    widest = 1 + config.num_speculative_tokens
-    return min((steps + 2) * widest + steps, most)
+    tokens_of_all = sum(range(1, config.num_speculative_tokens + 2))
+    return min((steps + 2) * tokens_of_all, most)
 
 
 async def _run(engine_client: Any, sampling: Any, request_id: str) -> None:

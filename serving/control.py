@@ -20,6 +20,7 @@ logger = logging.getLogger("vllm.specdec")
 CALIBRATION = "specdec-calibration"  # how the ids of requests begin that nobody has sent
 IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
 FORGET_EVERY = 256  # steps between two looks for ended requests
+RECORD_SEC = 0.2  # between two times that the monitor is told of drafts, unless it is asked
 
 
 class Step(NamedTuple):
@@ -61,14 +62,15 @@ class Control:
         self.started_sec = clock()
         self.overhead_sec = 0.0  # of the hooks
         self.failures = 0
-        self.lately = DraftRates(self._max_width(), WINDOW)  # of the head that drafts
+        self._lately = DraftRates(self._max_width(), WINDOW)
         self.watch: HeadWatch | None = None  # of a head that was swapped in
         self.on_verdict: Callable[[], None] = lambda: None  # called once the watch has one
         self.pinned: dict[str, int] = {}  # request -> its own number of draft tokens
         self.sampled: set[str] = set()  # requests that are not greedy
         self._auto_width = policy.max_draft_tokens if policy is not None else 0  # of requests that are not pinned
-        self._drafts: Counter[Draft] = Counter()  # of the step that runs
-        self._tries: Counter[tuple[int, int]] = Counter()  # the same for the policy: tokens asked for, accepted
+        self._drafts: Counter[tuple[int, int, int, str]] = Counter()  # as Draft, which the monitor has not been told of
+        self._recorded_sec = self.started_sec
+        self._tries: Counter[tuple[int, int]] = Counter()  # of the step that runs: tokens asked for, accepted
         self._ended_sec: float | None = None
         self._steps: deque[Step] = deque(maxlen=16)  # asynchronous: the next is scheduled before the last has ended
         self._asked = 0
@@ -82,7 +84,9 @@ class Control:
         """K for the drafts that follow a step of ``batch`` sequences; ``running``: the requests' ids."""
         assert self.policy is not None
         requests = list(running)
-        width = self._auto_width = self.policy.choose(batch, not self.sampled.isdisjoint(requests))
+        is_calibration = bool(requests) and requests[0].startswith(CALIBRATION)
+        width = self.policy.choose(batch, not self.sampled.isdisjoint(requests), is_calibration)
+        self._auto_width = width
         if self.policy.chosen != self._reported:
             self._reported = self.policy.chosen
             logger.info("specdec: K=%d (%s)", self.policy.chosen, self.policy.reason)
@@ -133,7 +137,7 @@ class Control:
         """One sequence's verification."""
         output_ids = request.output_token_ids
         span = self.spans.span(request.request_id, request.prompt_token_ids or (), output_ids)
-        self._drafts[Draft(num_drafted, num_accepted, position_bucket(len(output_ids)), span)] += 1
+        self._drafts[num_drafted, num_accepted, position_bucket(len(output_ids)), span] += 1
         asked = self._steps[0].asked if self._steps and not self.pinned else 0
         self._tries[max(asked, num_drafted), num_accepted] += 1
         if self.watch is not None:
@@ -148,11 +152,9 @@ class Control:
             for (num_asked, num_accepted), count in self._tries.items():
                 if num_asked and count:
                     self.policy.observe_draft(num_asked, num_accepted, count)
-        for draft, count in self._drafts.items():
-            self.monitor.observe_drafts(draft, count, self._now())
-            self.lately.record(draft.num_drafted, draft.num_accepted, count)
-        self._drafts.clear()
         self._tries.clear()
+        if now - self._recorded_sec >= RECORD_SEC:
+            self._record()
         if self.watch is not None and self.watch.verdict is not None:
             self.on_verdict()
         if step.batch:
@@ -169,6 +171,15 @@ class Control:
             self._steps_to_forget = FORGET_EVERY
             self.pinned = {name: width for name, width in self.pinned.items() if is_alive(name)}
             self.spans.forget([name for name in self.spans.known if not is_alive(name)])
+
+    def _record(self) -> None:
+        """Tell the monitor of the drafts since the last time: a hundred sequences' at once cost no more than one's."""
+        for kind, count in self._drafts.items():
+            draft = Draft(*kind)
+            self.monitor.observe_drafts(draft, count, self._now())
+            self._lately.record(draft.num_drafted, draft.num_accepted, count)
+        self._drafts.clear()
+        self._recorded_sec = self.clock()
 
     def _time(self, step: Step, seconds: float) -> None:
         """Tell the policy how long such a step takes, once ``steps_per_time`` of its kind have ended.
@@ -192,11 +203,17 @@ class Control:
 
     # What a swap of the head does
 
+    @property
+    def lately(self) -> DraftRates:
+        """Of the head that drafts."""
+        self._record()
+        return self._lately
+
     def start_over(self, trained_rates: Iterable[float], lately: DraftRates | None = None) -> None:
         """Another head drafts from now on; ``lately``: what its drafts came to when it drafted before."""
         self.trained_rates = list(trained_rates)
-        self.lately = lately or DraftRates(self._max_width(), WINDOW)
-        self._drafts.clear()  # the other head's
+        self._record()  # the other head's
+        self._lately = lately or DraftRates(self._max_width(), WINDOW)
         self.monitor.new_head(self.trained_rates)
         if self.policy is not None:
             self.policy.new_head(self.trained_rates)
@@ -204,6 +221,7 @@ class Control:
     def calibrated(self) -> None:
         """What was done so far only served to time steps."""
         width = self._max_width()
+        self._drafts.clear()
         self.monitor = Monitor(width, self.trained_rates)
         self.start_over(self.trained_rates, DraftRates(width, WINDOW))
 
@@ -230,6 +248,7 @@ class Control:
 
     def status(self, safe_reason: str | None = None) -> dict[str, Any]:
         """The engine's part of /specdec/status. ``safe_reason``: why the policy is off for good, if it is."""
+        self._record()
         policy, figures = self.policy, self.monitor.status()
         totals = figures["totals"]
         totals["policy_failures"] = self.failures

@@ -101,6 +101,7 @@ class Policy:
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
         self._num_timed = 0  # steps of the trial
+        self._is_calibration = False
         self._is_probe = False
         self._num_probes = 0
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
@@ -136,9 +137,12 @@ class Policy:
         self._num_timed += self._trial is not None and self._trial[0] == num_draft_tokens
         self._times[sampled].observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
 
-    def choose(self, batch: int, sampled: bool = False) -> int:
-        """K for the next step at this batch size; called once a step."""
-        self.times = self._times[sampled]
+    def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
+        """K for the next step at this batch size; called once a step.
+
+        ``is_calibration``: nobody waits for this batch, so each K that is unknown is timed, and none is given up early.
+        """
+        self.times, self._is_calibration = self._times[sampled], is_calibration
         if self.mode == OFF:
             return 0
         if self.mode == FIXED:
@@ -223,7 +227,7 @@ class Policy:
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
             return False
-        if not self._num_timed:  # its time may be what was wrong
+        if not self._num_timed or self._is_calibration:  # its time may be what was wrong
             return False
         doubt = self.settings.benefit_of_doubt
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
@@ -244,13 +248,14 @@ class Policy:
         return min(max(steps, self.settings.min_probe_steps), self.settings.max_probe_steps)
 
     def _unknown(self, batch: int) -> int | None:
-        """K to time at this batch size. The ends of the range must be known; between them a line will do.
+        """K to time at this batch size. The ends of the range must be known; between them a line will do, for a while.
 
         A batch of sampled sequences takes much the time of a greedy one: the first of its size starts from what is
         known of the other kind. Where no step is of use (one that also reads a prompt is not) trials come further and
         further apart.
         """
-        for width in (self.max_draft_tokens, 0):
+        between = range(1, self.max_draft_tokens) if self._is_calibration else ()
+        for width in (self.max_draft_tokens, 0, *between):
             if self.times.num_observed(batch, width) < 2:
                 self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
             if self.times.num_observed(batch, width) >= 2:

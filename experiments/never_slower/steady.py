@@ -29,6 +29,7 @@ from specdec.manifest import HeadManifest
 from specdec.progress import progress_bar
 from specdec.record import provenance, write_json_atomic
 
+Started = dict[str, Arm]  # servers that answer, by name
 WORK = Path("runs/never_slower")
 SHIFT = WORK / "shift.json"
 LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many on each pass
@@ -98,12 +99,17 @@ def measure_loads(specs: Sequence[ArmSpec], config: RunConfig, folder: Path, loa
         return
     os.environ[DEV_MODE] = "1"
     with open_arms(specs, config, folder) as started:
-        for i, (path, load) in enumerate(left.items()):
-            print(json.dumps({"load": i + 1, "of": len(left)}), flush=True)
-            write_json_atomic(path, asyncio.run(_measure(started, load)))
+        measure_started(started, left)
 
 
-async def _measure(arms: dict[str, Arm], load: Load) -> dict[str, Any]:
+def measure_started(arms: Started, loads: Mapping[Path, Load]) -> None:
+    """Write what each of these servers did under each load; they were started with ``DEV_MODE``."""
+    for i, (path, load) in enumerate(loads.items()):
+        print(json.dumps({"load": i + 1, "of": len(loads)}), flush=True)
+        write_json_atomic(path, asyncio.run(_measure(arms, load)))
+
+
+async def _measure(arms: Started, load: Load) -> dict[str, Any]:
     requests = requests_of(LOADS[load.concurrency], load.passes, load.mean_tokens, seed=0)
     warm_up = requests_of(64, 1, load.mean_tokens, seed=1)
     sliced = [SlicedArm(arm) for arm in arms.values()]

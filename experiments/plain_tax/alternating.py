@@ -17,7 +17,7 @@ def alternating(vllm_config: Any, **kwargs: Any) -> Any:
     widths = cycle([0] * PLAIN_STEPS + [scheduler.num_spec_tokens] * DRAFTING_STEPS)
 
     class ByTheClock(Policy):
-        def choose(self, batch: int, sampled: bool = False) -> int:
+        def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
             return next(widths)
 
     scheduler.specdec.policy = ByTheClock(scheduler.num_spec_tokens)

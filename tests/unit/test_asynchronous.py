@@ -90,11 +90,10 @@ def test_a_head_that_turns_good_again_is_found_by_a_probe():
     """The outcome of a probe's last step comes after the next step is scheduled."""
     policy = Policy(K, settings=ASYNCHRONOUS)
     engine = Engine(policy, seed=0)
-    engine.run(3000, 128, BAD)
+    engine.run(1500, 16, BAD)
     assert policy.chosen == 0
-    engine.run(3000, 128, GOOD)
-    assert policy.chosen == best_width(128, GOOD)
-
-
-def best_width(batch: int, rates) -> int:
-    return max(range(K + 1), key=lambda width: speed(fixed(width), batch, rates, steps=500)[0])
+    for _ in range(20):
+        engine.run(500, 16, GOOD)
+        if policy.chosen == K:
+            return
+    raise AssertionError(engine.widths)

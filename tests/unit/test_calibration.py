@@ -32,14 +32,14 @@ def test_each_batch_size_runs_as_one_batch():
 
 
 @pytest.mark.parametrize(("is_async", "num_drafted"), [(False, 3), (False, 7), (True, 3)])
-def test_an_answer_has_room_for_both_trials(is_async: bool, num_drafted: int):
+def test_an_answer_has_room_for_all_trials(is_async: bool, num_drafted: int):
     """All drafts are accepted, and only steps that verify the K that they draft are timed."""
     config = FakeEngineClient(make_status()).vllm_config
     config.scheduler_config.async_scheduling, config.num_speculative_tokens = is_async, num_drafted
     policy = Policy(num_drafted, settings=ASYNCHRONOUS if is_async else None)
     width = num_tokens = num_steady = 0
-    while min(policy.times.num_observed(1, k) for k in (0, num_drafted)) < 2:
-        verified, width = width, policy.choose(1)
+    while num_tokens < 10_000 and min(policy.times.num_observed(1, k) for k in range(num_drafted + 1)) < 2:
+        verified, width = width, policy.choose(1, is_calibration=True)
         num_tokens += 1 + verified
         num_steady = num_steady + 1 if verified == width else 0
         if num_steady and num_steady % policy.settings.steps_per_time == 0:
@@ -69,6 +69,18 @@ def test_trouble_is_a_line_in_the_log(trouble, caplog):
     with caplog.at_level(logging.WARNING, logger="vllm.specdec"):
         assert run(client) == ["status"]
     assert "timed later" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "timed"), [(f"{CALIBRATION}-1-0", [0, 1, 2, 3]), ("chat-1", [0, 3])])
+def test_every_width_is_timed_on_a_made_up_batch_alone(name, timed):
+    control = Control(Policy(3), Monitor(3))
+    times = control.policy.times
+    width = 0
+    for _ in range(14 if name == "chat-1" else 40):  # until a served K is timed beside others, anyhow
+        verified, width = width, control.choose(1, [name])
+        if verified == width:
+            control.policy.observe_step(1, width, 0.02 + 0.01 * width)
+    assert [k for k in range(4) if times.num_observed(1, k) >= 2] == timed
 
 
 def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():

@@ -230,7 +230,7 @@ def test_drafts_that_a_grammar_forbade_are_not_rejections(monkeypatch):
     scheduler.make_spec_decoding_stats(None, 3, 1, {"r0": 2}, "r0")
     scheduler.make_spec_decoding_stats(None, 3, 0, {"r1": 3}, "r1")
     scheduler.update_from_output(None, OUTPUT)
-    assert scheduler.specdec.monitor.total.drafted == [1, 0, 0]
+    assert scheduler.specdec.status()["totals"]["drafted_per_position"] == [1, 0, 0]
 
 
 def test_a_request_has_its_own_width(monkeypatch):
