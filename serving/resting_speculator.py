@@ -39,8 +39,8 @@ def with_rest(propose: Any) -> Any:
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Any:
-        keys = None if dummy_run or num_speculative_tokens is None else _keys_of(speculator)
-        if keys is not None and not keys.has_failed:
+        keys = None if dummy_run else _keys_of(speculator)
+        if keys is not None and num_speculative_tokens is not None and not keys.has_failed:
             try:
                 keys.count(num_speculative_tokens)
                 if num_speculative_tokens == 0 and _is_plain(input_batch):
