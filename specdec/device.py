@@ -104,6 +104,9 @@ def vllm_environment(
 
     vLLM 0.32's ahead-of-time compile cache does not load on CPU, and while it is on the compiler's own cache is
     not used: every start would compile for two minutes. Without it the second start takes a fifth of that.
+
+    glibc is told to ask for huge pages (2 MiB), which Linux may give on demand alone: a decode step reads all weights,
+    and plain decode is 1 to 2 % faster with fewer pages to look up (``experiments/huge_pages``).
     """
     if device.kind != "cpu":
         return {}
