@@ -87,7 +87,7 @@ def test_a_prompt_is_read_at_once_after_what_waits():
 
 
 @torch.no_grad()
-def test_after_a_long_rest_nothing_waits():
+def test_after_a_long_rest_nothing_more_waits():
     speculator, propose = Speculator(), with_rest(Speculator.propose)
     for position in range(LONG_REST + 20):
         step(propose, speculator, position % 32)
