@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import socket
 from pathlib import Path
 
 from serving.reaper import descendants
 
 LISTENING = "0A"  # the state as /proc/net/tcp writes it
+LOWEST_PORT = 10_000
+EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_EPHEMERAL_PORT = 32_768  # Linux's own default
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -21,19 +26,41 @@ def check_port_free(host: str, port: int) -> None:
     with _socket_for(host) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            _bind(probe, host, port)
             probe.listen(1)
-        except (OSError, UnicodeError) as error:
-            if isinstance(error, socket.gaierror | UnicodeError) or "assign" in str(error):
-                raise ValueError(f"host {host} is not an address of this machine: pass --host 127.0.0.1") from error
+        except OSError as error:
             raise ValueError(f"port {port} is in use; stop what listens there or pass --port") from error
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listens on at this moment."""
+    """A port that nothing listens on at this moment.
+
+    Ephemeral ports, which ``bind`` gives for port 0, are the last resort: until the server listens, minutes later,
+    any connection that anyone opens may be given the same one.
+
+    Raises:
+        ValueError: the host is not one of this machine's.
+    """
+    table = EPHEMERAL_RANGE.read_text().split() if EPHEMERAL_RANGE.is_file() else [LOWEST_EPHEMERAL_PORT]
+    below_ephemeral = range(LOWEST_PORT, int(table[0]))
     with _socket_for(host) as probe:
-        probe.bind((host, 0))
+        for port in (*random.sample(below_ephemeral, min(100, len(below_ephemeral))), 0):
+            try:
+                _bind(probe, host, port)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port == 0:
+                    raise
         return probe.getsockname()[1]
+
+
+def _bind(probe: socket.socket, host: str, port: int) -> None:
+    try:
+        probe.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"host {host} is not an address of this machine: pass --host 127.0.0.1") from error
+        raise
 
 
 def _socket_for(host: str) -> socket.socket:

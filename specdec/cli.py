@@ -138,7 +138,7 @@ def serve(
     target: Target = None,
     head: HeadDir = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on (default 8000).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (default 8000; 0: a free one).")] = None,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Serve plain decode.")] = False,
     policy: Annotated[
         str | None, typer.Option(help="auto: K by measured goodput, 0 when plain is faster; off; fixed:K.")
@@ -151,7 +151,7 @@ def serve(
 
     run = _load(config, overrides, target)
     run.serve.host = host or run.serve.host
-    run.serve.port = port or run.serve.port
+    run.serve.port = run.serve.port if port is None else port
     run.serve.policy = policy or run.serve.policy
     run.serve.speculation = run.serve.speculation and not no_speculation
     raise typer.Exit(run_serve(run, head, _vllm_arguments(context.args)))

@@ -35,9 +35,9 @@ from draft_training.target_model import TargetModel
 from experiments.never_slower.slices import TOKENS
 from experiments.r1_shape.run import SHAPES
 from serving.launch import ServerPlan, plan_server
+from serving.sockets import free_port
 from specdec.config import RunConfig, ServeConfig
 from specdec.device import detect_device
-from specdec.evaluation.arms import free_ports
 from specdec.manifest import HeadManifest
 from specdec.record import provenance, write_json_atomic
 from specdec.targets import Target, resolve_target
@@ -224,11 +224,7 @@ def main() -> None:
     parser.add_argument("vllm", nargs="*", help="after --: further flags of vLLM's own")
     args = parser.parse_args()
     target = random_model(args.shape, args.tokenizer, args.work)
-    ports = free_ports(len(POLICIES))
-    plans = {
-        name: plan_of(name, target, args.work / "head", port, args.vllm)
-        for name, port in zip(POLICIES, ports, strict=True)
-    }
+    plans = {name: plan_of(name, target, args.work / "head", free_port("127.0.0.1"), args.vllm) for name in POLICIES}
     torch.cuda.empty_cache()
     facts = {"shape": args.shape, "settings": sys.argv[1:], "accelerator": torch.cuda.get_device_name()}
     with started(plans, args.work / "logs") as urls:

@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -96,27 +95,16 @@ def _start(specs: list[ArmSpec], config: RunConfig, out_dir: Path, servers: list
     config_path = out_dir / "config.yaml"
     config_path.write_text(dump_yaml(config))
     arguments = [serve_arguments(spec) for spec in specs]  # a bad head is refused before anything starts
-    free = free_ports(len(specs))
-    ports = [int(spec.options.get("serve.port", port)) for spec, port in zip(specs, free, strict=True)]
     # On a CPU a start keeps one core busy; and what the first servers compile, the next ones find in the cache.
     at_once = max(2, len(device.core_ids)) if device.kind == "cpu" else len(specs)
     for turn, spec in enumerate(specs):
         if turn and turn % at_once == 0:
             _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)
         command = [sys.executable, "-m", "specdec", "serve", "--target", spec.target(config.target.name)]
-        command += ["--port", str(ports[turn]), "--config", str(config_path), *arguments[turn]]
+        command += ["--config", str(config_path), "--set", "serve.port=0", *arguments[turn]]
         servers.append(_Server(spec, command, out_dir / f"{spec.name}-server.log"))
     arms = _await_ready(servers, time.monotonic() + config.serve.startup_timeout_sec)
     return {arm.name: arm for arm in arms}
-
-
-def free_ports(count: int) -> list[int]:
-    """``count`` different TCP ports that are free on the loopback interface at this moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class _Server:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from serving.sockets import free_port
 from specdec.config import RunConfig, ServeConfig, load_config
 from specdec.device import Device
 from specdec.evaluation import arms
@@ -112,20 +113,17 @@ def test_a_measured_server_neither_degrades_nor_restarts_whatever_the_arm_says(h
     assert settings(serve_arguments(ruled)).policy == "auto"
 
 
-def test_free_ports_differ():
-    assert len(set(arms.free_ports(8))) == 8
-
-
 STAND_IN = """
-import json, signal, sys, time
-port = sys.argv[sys.argv.index("--port") + 1]
+import json, os, signal, sys, time
+settings = [sys.argv[i + 1] for i, word in enumerate(sys.argv) if word == "--set"]
+port = [setting for setting in settings if setting.startswith("serve.port=")][-1].removeprefix("serve.port=")
 spec = "--head" in sys.argv
 target = sys.argv[sys.argv.index("--target") + 1]
 print("a line that is no message", flush=True)
 if {fails} and spec:
     sys.exit("head does not fit")
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", file=sys.stderr, flush=True), sys.exit(0)))
-print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}", "model": target,
+print(json.dumps({{"ready": True, "url": f"http://127.0.0.1:{{port}}/{{os.getpid()}}", "model": target,
                    "num_speculative_tokens": {k} if spec else 0}}), flush=True)
 time.sleep(60)
 """
@@ -152,6 +150,7 @@ def test_started_arms_are_ready_and_stopped(start, tmp_path):
         assert list(started) == ["plain", "spec"]
         assert started["plain"].num_speculative_tokens == 0 and started["spec"].num_speculative_tokens == 3
         assert started["plain"].url != started["spec"].url
+        assert all(":0/" in arm.url for arm in started.values())  # each server finds a port of its own
     assert "stopped" in (tmp_path / "out" / "plain-server.log").read_text()
     assert "stopped" in (tmp_path / "out" / "spec-server.log").read_text()
 
@@ -165,6 +164,11 @@ def test_an_arm_may_serve_another_target(start):
         assert [arm.model for arm in started.values()] == [RunConfig().target.name, "quantised"]
     own = serve_arguments(specs[1])
     assert "target.dtype=float32" in own and not any("quantised" in word for word in own)
+
+
+def test_an_arm_may_name_its_port(start):
+    with start(specs=[ArmSpec(name="plain", options={"serve.port": "8123"})]) as started:
+        assert ":8123/" in started["plain"].url
 
 
 def test_no_more_servers_start_at_once_than_there_are_cores(start, tmp_path, monkeypatch, head):
@@ -197,7 +201,10 @@ def test_a_spec_server_without_speculation_is_refused(start):
 
 
 def test_a_given_server_that_does_not_answer_is_named(tmp_path):
-    specs = [ArmSpec(name="mine", url=f"http://127.0.0.1:{arms.free_ports(1)[0]}"), ArmSpec(name="b", url="http://x:1")]
+    specs = [
+        ArmSpec(name="mine", url=f"http://127.0.0.1:{free_port('127.0.0.1')}"),
+        ArmSpec(name="b", url="http://x:1"),
+    ]
     with (
         pytest.raises(ValueError, match=r"the mine server .* does not answer"),
         arms.open_arms(specs, RunConfig(), tmp_path),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from serving import launch
+from serving import launch, sockets
 from serving.flags import ServerFlags
 from serving.launch import ServerPlan, plan_server
 from serving.serve import serve
-from serving.sockets import check_port_free
+from serving.sockets import check_port_free, free_port
 from specdec.config import RunConfig, ServeConfig, TargetConfig
 from specdec.device import Device, core_ranges
 from specdec.manifest import HeadManifest
@@ -255,6 +255,22 @@ def test_a_port_in_use_is_refused_before_anything_starts():
         check_port_free("127.0.0.1", 80)
     with pytest.raises(ValueError, match="not an address of this machine"):
         check_port_free("192.0.2.1", 8000)
+
+
+def test_a_free_port_is_none_that_a_connection_may_take(tmp_path, monkeypatch):
+    port = free_port("127.0.0.1")
+    table = tmp_path / "range"
+    table.write_text(f"{port + 1}\t60999\n")
+    monkeypatch.setattr(sockets, "LOWEST_PORT", port)
+    monkeypatch.setattr(sockets, "EPHEMERAL_RANGE", table)
+    assert free_port("127.0.0.1") == port
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        assert free_port("127.0.0.1") != port  # no other is left below: the system's choice
+    monkeypatch.setattr(sockets, "EPHEMERAL_RANGE", tmp_path / "nowhere")
+    assert 1024 <= free_port("127.0.0.1") <= 65535
+    with pytest.raises(ValueError, match="not an address of this machine"):
+        free_port("192.0.2.1")
 
 
 def test_serve_asks_for_a_head_before_it_fetches_a_target():
