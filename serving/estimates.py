@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
-UNDISTURBED = 10  # one in so many steps is undisturbed
+UNDISTURBED = 4  # one in so many steps is undisturbed
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
 BORROWED = 2  # steps that a time of the other kind of batch counts for
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
@@ -87,9 +87,10 @@ class StepTimes:
     Batch sizes up to a power of two share their times: each counts as what it would have been at the full size.
 
     What disturbs a step makes it slower, never faster: on a shared machine by a quarter on average, for a step or for
-    seconds, while the undisturbed ones agree to a few per cent. So a typical step is one that a tenth of the steps were
-    faster than, of as many as the window holds: a trial that was disturbed for most of its time still tells, and steps
-    of different moments compare.
+    seconds, while the undisturbed ones agree to a few per cent. So a typical step is one that a quarter of the steps
+    were faster than, of as many as the window holds: a trial that was disturbed for most of its time still tells, and
+    steps of different moments compare. No fewer, for steps that verify sampled drafts differ by more than plain ones
+    do, and by the fastest alone drafting would look cheaper than it is.
 
     A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
     size moves with it, as soon as its own is that of a full window of such steps; before, it still moves because it

@@ -1,7 +1,8 @@
 """Constant load: plain, every fixed K, the policy, and the policy with a head of random weights, in slices of time.
 
 Each arm is a server of its own that answers the same requests (``slices.py``). Before each load every arm runs for five
-seconds that do not count: so long a policy may take to adapt.
+seconds that do not count: so long a policy may take to adapt. Servers that are started alike differ a little for as
+long as they run, so all loads are measured again with servers started anew, ``--lives`` times in all.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def requests_of(count: int, passes: int, max_tokens: int, seed: int) -> list[Req
     return passes * [Request(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
 
 
-def load_path(concurrency: int, temperature: float) -> Path:
-    """Where a load's measurement lies."""
-    return WORK / f"c{concurrency}-t{temperature}.json"
+def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
+    """Where a load's measurement with the servers of this life lies."""
+    return WORK / f"life{life}" / f"c{concurrency}-t{temperature}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,19 +132,21 @@ def main() -> None:
     parser.add_argument("--head", type=Path, required=True)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--lives", type=int, default=1)
     options = parser.parse_args()
-    loads = {
-        load_path(concurrency, temperature): Load(
-            concurrency=concurrency,
-            temperature=temperature,
-            passes=options.passes * (2 if temperature else 1),  # by chance sampled answers differ in what is accepted
-            mean_tokens=options.tokens,
-        )
-        for temperature in TEMPERATURES
-        for concurrency in LOADS
-    }
     specs, config = servers(options.head, randomised(options.head, WORK / "random_head"), num_seqs=max(LOADS))
-    measure_loads(specs, config, WORK, loads)
+    for life in range(options.lives):
+        loads = {
+            load_path(concurrency, temperature, life): Load(
+                concurrency=concurrency,
+                temperature=temperature,
+                passes=options.passes * (2 if temperature else 1),  # sampled answers differ in what is accepted
+                mean_tokens=options.tokens,
+            )
+            for temperature in TEMPERATURES
+            for concurrency in LOADS
+        }
+        measure_loads(specs, config, WORK / f"life{life}", loads)
 
 
 if __name__ == "__main__":

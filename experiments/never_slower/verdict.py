@@ -8,12 +8,16 @@ of the parts says which arm is best and the other half measures.
 Sampled answers bring luck: of ten requests of 64 tokens each, two servers that draft alike accept 5 % more or less. So
 a third ratio says what the times alone do, with each arm's tokens as they would be at the acceptance of all arms.
 
+Servers that are started alike differ a little for as long as they run. So where loads were measured in several lives of
+the servers, a load's figures are those of all lives together, and beside them stands each life's ratio.
+
 The worst of twelve such ratios is mostly the unluckiest. What the policy does on the whole says their geometric mean,
 and at how many loads it is surely slower: there the whole interval lies below ``ENOUGH``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -34,10 +38,43 @@ WITH_INTERVAL = "trained", "random"  # of the ratios
 FIXED = "k"  # how the names of the arms of a fixed K begin
 
 
+def lives_of_loads() -> list[list[dict[str, Any]]]:
+    """What was measured, by temperature and concurrency: each load with the servers of every life."""
+    found = []
+    for temperature in TEMPERATURES:
+        for concurrency in LOADS:
+            paths = (load_path(concurrency, temperature, life) for life in itertools.count())
+            of_lives = itertools.takewhile(lambda path: path.parent.is_dir(), paths)
+            found.append([json.loads(path.read_text()) for path in of_lives if path.is_file()])
+    return [lives for lives in found if lives]
+
+
 def loads() -> list[dict[str, Any]]:
-    """What was measured, by temperature and concurrency."""
-    paths = [load_path(concurrency, temperature) for temperature in TEMPERATURES for concurrency in LOADS]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    """What was measured, by temperature and concurrency, as if one server of each kind had done it all."""
+    return [joined(lives) for lives in lives_of_loads()]
+
+
+def joined(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A load of several lives: an arm's slices one after the other, and its own figures added up."""
+    work = {}
+    for name in lives[0]["work"]:
+        tokens, seconds = [0], [0.0]
+        for life in lives:
+            of_life = life["work"][name]
+            tokens, seconds = (
+                [*sums, *(sums[-1] + each for each in of_life[key][1:])]
+                for key, sums in (("num_tokens", tokens), ("seconds", seconds))
+            )
+        figures = [done(life, name) for life in lives]
+        widths = [each.pop("steps_by_width") for each in figures]
+        totals = {key: np.sum([each[key] for each in figures], axis=0).tolist() for key in figures[0]}
+        histogram = {
+            str(k): sum(each.get(k, 0) for each in widths) for k in sorted({k for each in widths for k in each})
+        }
+        none = {"totals": {}, "k_histogram": {}}
+        after = {"totals": totals, "k_histogram": histogram}
+        work[name] = {"num_tokens": tokens, "seconds": seconds, "before": none, "after": after}
+    return {**lives[0], "num_requests": sum(life["num_requests"] for life in lives), "work": work}
 
 
 def part_seconds(work: dict[str, Any]) -> list[float]:
@@ -155,16 +192,23 @@ def point(load: dict[str, Any], name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ratios_of(lives: Sequence[dict[str, Any]], arm: str, other: str) -> dict[str, list[float]]:
+    """``arm`` over ``other``: of all lives together with the interval, and of each."""
+    each = [speed(life, arm) / speed(life, other) for life in lives]
+    return {"ratio": ratio(joined(lives), arm, other), "by_life": each}
+
+
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Points, and the policy's ratios."""
     points, found = [], {key: {} for key in ("trained", "trained_held_out", "trained_without_luck", "random")}
-    for load in loads():
+    for lives in lives_of_loads():
+        load = joined(lives)
         points += [point(load, name) for name in load["work"]]
         label, best = f"c{load['concurrency']} T{load['temperature']:g}", best_fixed(load)
-        found["trained"][label] = {"against": best, "ratio": ratio(load, "auto", best)}
+        found["trained"][label] = {"against": best, **ratios_of(lives, "auto", best)}
         found["trained_held_out"][label] = {"ratio": [held_out(load, "auto")]}
         found["trained_without_luck"][label] = {"ratio": [without_luck(load, "auto")]}
-        found["random"][label] = {"against": "plain", "ratio": ratio(load, "random", "plain")}
+        found["random"][label] = {"against": "plain", **ratios_of(lives, "random", "plain")}
     ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
     slower = {key: sum(bool(max(each["ratio"]) < ENOUGH) for each in found[key].values()) for key in WITH_INTERVAL}
     return points, {
@@ -222,12 +266,19 @@ def plot_timeline(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def common_provenance() -> dict[str, Any]:
+    """The first load's, with every commit that a load was measured at, and whether any of them had changes."""
+    found = [life["provenance"] for lives in lives_of_loads() for life in lives]
+    trees = sorted({each["git_sha"] for each in found})
+    return {**found[0], "git_sha": " ".join(trees), "git_dirty": any(each["git_dirty"] for each in found)}
+
+
 def main() -> None:
     points, summary = steady()
     summary |= shift()
     overhead = json.loads((WORK / "overhead.json").read_text()) if (WORK / "overhead.json").is_file() else {}
-    provenance = loads()[0]["provenance"]
-    write_json_atomic(OUT, {"points": points, "summary": {**summary, **overhead}, "provenance": provenance})
+    summary = {"num_lives": max(map(len, lives_of_loads())), **summary, **overhead}
+    write_json_atomic(OUT, {"points": points, "summary": summary, "provenance": common_provenance()})
     if (WORK / "timeline.jsonl").is_file():
         plot_timeline(OUT.with_name("timeline.png"))
     print(json.dumps(summary))

@@ -377,9 +377,13 @@ stretches = st.lists(
 @settings(max_examples=8)
 @given(stretches, st.floats(0, 0.2), st.integers(0, 1000))
 def test_however_load_acceptance_and_cost_change_it_stays_near_the_best(changes, noise, seed):
-    """``changes``: batch size, acceptance, and what K drafts add to a step, for 500 steps each."""
+    """``changes``: batch size, acceptance, and what K drafts add to a step, for 2,000 steps each.
+
+    Drafts that were useless and dear and are perfect and free from one step to the next are found by a probe, whose
+    turn may come hundreds of steps later.
+    """
     engine = Engine(Policy(K, GOOD), seed, noise)
     for batch, rate, dearness in changes:
         engine.cost = lambda batch, width, dearness=dearness: 0.02 * (1 + dearness * width / K)
-        engine.run(500, batch, (rate,) * K)
-    assert engine.against_oracle > 0.8 and engine.against_plain > 0.9
+        engine.run(2000, batch, (rate,) * K)
+    assert engine.against_oracle > 0.75 and engine.against_plain > 0.9

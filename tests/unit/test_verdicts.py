@@ -25,7 +25,7 @@ FIGURES = {
 }  # fmt: skip
 
 
-def write_load(temperature: float, concurrency: int, speeds: dict[str, float], moods=(1, 1, 2, 1)) -> None:
+def write_load(temperature: float, concurrency: int, speeds: dict[str, float], moods=(1, 1, 2, 1), life=0) -> None:
     """A finished measurement: 400 tokens in slices of 100, for all alike one of them on a machine at half its speed."""
     work = {
         name: {
@@ -37,7 +37,9 @@ def write_load(temperature: float, concurrency: int, speeds: dict[str, float], m
         for name, speed in speeds.items()
     }
     load = {"temperature": temperature, "concurrency": concurrency, "num_requests": 4, "work": work}
-    steady.load_path(concurrency, temperature).write_text(json.dumps(load))
+    path = steady.load_path(concurrency, temperature, life)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(load))
 
 
 def after(figures: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +63,21 @@ def test_ratios_are_of_slices_that_shared_their_moment(work):
     assert by_arm["auto", "trained"]["acceptance_length"] == pytest.approx(1.8)
     assert by_arm["auto", "random"]["fallback_share"] == pytest.approx(0.25)
     assert by_arm["plain", None]["acceptance_length"] is None and by_arm["plain", None]["runs"] == 4
+
+
+def test_lives_of_the_servers_count_together_and_stand_one_by_one(work):
+    write_load(0.0, 1, ARMS)
+    write_load(0.0, 1, {**ARMS, "auto": 31.0, "k2": 28.0, "k3": 29.0}, life=1)
+    write_load(0.6, 1, ARMS, life=1)  # one life has no such load (yet)
+    points, summary = never_slower.steady()
+    found = summary["ratios"]["trained"]["c1 T0"]
+    together = (1 / 30 + 1 / 28) / (1 / 29 + 1 / 31)
+    assert found["against"] == "k2" and found["ratio"][0] == pytest.approx(together)
+    assert found["by_life"] == pytest.approx([29 / 30, 31 / 28])
+    assert summary["ratios"]["trained"]["c1 T0.6"]["by_life"] == pytest.approx([29 / 30])
+    first = next(point for point in points if point["arm"] == "auto" and point["head"] == "trained")
+    assert first["runs"] == 8 and first["num_requests"] == 8
+    assert first["acceptance_length"] == pytest.approx(1.8) and first["fallback_share"] == pytest.approx(0.25)
 
 
 def test_the_whole_interval_tells_where_the_policy_is_surely_slower(work):
