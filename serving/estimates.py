@@ -104,6 +104,7 @@ class StepTimes:
     _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     _typical: dict[tuple[int, int], float] = field(default_factory=dict)
     _moved: dict[tuple[int, int], float] = field(default_factory=dict)  # log of the served one's change since then
+    _borrowed: dict[tuple[int, int], float] = field(default_factory=dict)  # as lent, until it has steps of its own
     _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
     _num_served: int = 0  # and how many came in a row
 
@@ -114,8 +115,12 @@ class StepTimes:
         last = self._last.setdefault(key, deque(maxlen=self.window))
         before = self._typical.get(key, 0.0)
         last.append(seconds)
+        if key in self._borrowed and len(last) >= 2 * BORROWED:
+            self.keep_newest(batch, num_draft_tokens, BORROWED)
         self._typical[key] = sorted(last)[len(last) // UNDISTURBED]
         self._moved[key] = 0.0
+        if key in self._borrowed and len(last) <= BORROWED:
+            self._move_borrowed(key)
         if is_trial:
             return
         self._num_served = self._num_served + 1 if key == self._served else 1
@@ -130,6 +135,14 @@ class StepTimes:
                 if is_certain:
                     self._typical[other] *= factor
                     self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
+
+    def _move_borrowed(self, key: tuple[int, int]) -> None:
+        """``key`` has steps of its own now: what is still borrowed of its batch size differs by as much."""
+        factor = self._typical[key] / self._borrowed.pop(key)
+        for other, lent in self._borrowed.items():
+            if other[0] == key[0]:
+                self._typical[other], self._moved[other] = lent * factor, 0.0
+                self._last[other] = deque([lent * factor] * BORROWED, self.window)
 
     def _share_of_full(self, batch: int) -> float:
         """How long a step takes beside one of the full batch size, by how much longer that one takes than a half.
@@ -147,7 +160,8 @@ class StepTimes:
     def borrow(self, other: StepTimes, batch: int, max_draft_tokens: int) -> None:
         """Start from what ``other`` knows of this batch size, if it knows plain and widest steps.
 
-        Each time counts as ``BORROWED`` steps, so that a few of one's own soon outnumber them.
+        Each time stands for ``BORROWED`` steps until there are as many of its own, and is moved as far as those of
+        another K differ from what was borrowed for that one.
         """
         size = bucket(batch)
         row = {key: seconds for key, seconds in other._typical.items() if key[0] == size}
@@ -156,7 +170,7 @@ class StepTimes:
         for key, seconds in row.items():
             if key not in self._typical:
                 self._last[key] = deque([seconds] * BORROWED, self.window)
-                self._typical[key], self._moved[key] = seconds, 0.0
+                self._typical[key], self._moved[key], self._borrowed[key] = seconds, 0.0, seconds
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
         """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""

@@ -33,6 +33,23 @@ def test_times_between_two_widths_lie_on_a_line_and_a_pause_is_no_step():
     assert times.estimate(4, 0) == pytest.approx(0.03)
 
 
+def test_what_is_borrowed_moves_as_far_as_what_is_known_of_its_own_kind_differs():
+    greedy, sampled = StepTimes(window=20), StepTimes(window=20)
+    for width, seconds in enumerate([0.02, 0.03, 0.04, 0.05]):
+        for batch, factor in ((8, 1), (16, 2)):
+            greedy.observe(batch, width, factor * seconds)
+    for batch in (8, 16):
+        sampled.borrow(greedy, batch, 3)
+    sampled.observe(8, 3, 0.06)
+    assert sampled.estimates(8, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05]), "one step may be any"
+    sampled.observe(8, 3, 0.06)
+    assert sampled.estimates(8, 3) == pytest.approx([0.024, 0.036, 0.048, 0.06])
+    assert sampled.estimates(16, 3) == pytest.approx([0.04, 0.06, 0.08, 0.1])
+    for _ in range(2):
+        sampled.observe(8, 0, 0.022)
+    assert sampled.estimates(8, 3) == pytest.approx([0.022, 0.033, 0.044, 0.06]), "what has its own stays"
+
+
 def test_a_narrower_step_is_never_slower_than_a_wider_one():
     times = StepTimes(window=20)
     for width, seconds in enumerate([0.02, 0.05, 0.03, 0.04]):
