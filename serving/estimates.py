@@ -115,11 +115,12 @@ class StepTimes:
         last = self._last.setdefault(key, deque(maxlen=self.window))
         before = self._typical.get(key, 0.0)
         last.append(seconds)
-        if key in self._borrowed and len(last) >= 2 * BORROWED:
+        has_own = key in self._borrowed and len(last) >= 2 * BORROWED
+        if has_own:
             self.keep_newest(batch, num_draft_tokens, BORROWED)
         self._typical[key] = sorted(last)[len(last) // UNDISTURBED]
         self._moved[key] = 0.0
-        if key in self._borrowed and len(last) <= BORROWED:
+        if has_own:
             self._move_borrowed(key)
         if is_trial:
             return

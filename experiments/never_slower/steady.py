@@ -2,7 +2,7 @@
 
 Each arm is a server of its own that answers the same requests (``slices.py``). Before each load every arm runs for five
 seconds that do not count: so long a policy may take to adapt. Servers that are started alike differ a little for as
-long as they run, so all loads are measured again with servers started anew, ``--lives`` times in all.
+long as they run: ``--lives 2`` measures all loads a second time, with servers started anew.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def joined(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
         figures = [done(life, name) for life in lives]
         widths = [each.pop("steps_by_width") for each in figures]
         totals = {key: np.sum([each[key] for each in figures], axis=0).tolist() for key in figures[0]}
-        histogram = {
-            str(k): sum(each.get(k, 0) for each in widths) for k in sorted({k for each in widths for k in each})
-        }
+        histogram = {str(k): sum(each.get(k, 0) for each in widths) for k in sorted(set().union(*widths))}
         none = {"totals": {}, "k_histogram": {}}
         after = {"totals": totals, "k_histogram": histogram}
         work[name] = {"num_tokens": tokens, "seconds": seconds, "before": none, "after": after}
@@ -192,10 +190,9 @@ def point(load: dict[str, Any], name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ratios_of(lives: Sequence[dict[str, Any]], arm: str, other: str) -> dict[str, list[float]]:
-    """``arm`` over ``other``: of all lives together with the interval, and of each."""
-    each = [speed(life, arm) / speed(life, other) for life in lives]
-    return {"ratio": ratio(joined(lives), arm, other), "by_life": each}
+def by_life(lives: Sequence[dict[str, Any]], arm: str, other: str) -> list[float]:
+    """Tokens a second of ``arm`` over ``other``'s in each life."""
+    return [speed(life, arm) / speed(life, other) for life in lives]
 
 
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -205,10 +202,14 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         load = joined(lives)
         points += [point(load, name) for name in load["work"]]
         label, best = f"c{load['concurrency']} T{load['temperature']:g}", best_fixed(load)
-        found["trained"][label] = {"against": best, **ratios_of(lives, "auto", best)}
+        found["trained"][label] = {
+            "against": best, "ratio": ratio(load, "auto", best), "by_life": by_life(lives, "auto", best),
+        }  # fmt: skip
         found["trained_held_out"][label] = {"ratio": [held_out(load, "auto")]}
         found["trained_without_luck"][label] = {"ratio": [without_luck(load, "auto")]}
-        found["random"][label] = {"against": "plain", **ratios_of(lives, "random", "plain")}
+        found["random"][label] = {
+            "against": "plain", "ratio": ratio(load, "random", "plain"), "by_life": by_life(lives, "random", "plain"),
+        }  # fmt: skip
     ratios = {key: [each["ratio"][0] for each in by_load.values()] for key, by_load in found.items()}
     slower = {key: sum(bool(max(each["ratio"]) < ENOUGH) for each in found[key].values()) for key in WITH_INTERVAL}
     return points, {
@@ -266,9 +267,9 @@ def plot_timeline(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def common_provenance() -> dict[str, Any]:
+def common_provenance(measured: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """The first load's, with every commit that a load was measured at, and whether any of them had changes."""
-    found = [life["provenance"] for lives in lives_of_loads() for life in lives]
+    found = [life["provenance"] for lives in measured for life in lives]
     trees = sorted({each["git_sha"] for each in found})
     return {**found[0], "git_sha": " ".join(trees), "git_dirty": any(each["git_dirty"] for each in found)}
 
@@ -277,8 +278,9 @@ def main() -> None:
     points, summary = steady()
     summary |= shift()
     overhead = json.loads((WORK / "overhead.json").read_text()) if (WORK / "overhead.json").is_file() else {}
-    summary = {"num_lives": max(map(len, lives_of_loads())), **summary, **overhead}
-    write_json_atomic(OUT, {"points": points, "summary": summary, "provenance": common_provenance()})
+    measured = lives_of_loads()
+    summary = {"num_lives": max(map(len, measured)), **summary, **overhead}
+    write_json_atomic(OUT, {"points": points, "summary": summary, "provenance": common_provenance(measured)})
     if (WORK / "timeline.jsonl").is_file():
         plot_timeline(OUT.with_name("timeline.png"))
     print(json.dumps(summary))
