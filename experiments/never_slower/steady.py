@@ -83,6 +83,11 @@ def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
     return WORK / f"life{life}" / f"c{concurrency}-t{temperature}.json"
 
 
+def sampled_passes(concurrency: int) -> int:
+    """How many times as many passes if answers are sampled: what is accepted is luck, less so in many tokens."""
+    return 4 if concurrency <= 2 else 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
     """So many requests at a time, over the load's requests so many times."""
@@ -140,7 +145,7 @@ def main() -> None:
             load_path(concurrency, temperature, life): Load(
                 concurrency=concurrency,
                 temperature=temperature,
-                passes=options.passes * (2 if temperature else 1),  # sampled answers differ in what is accepted
+                passes=options.passes * (sampled_passes(concurrency) if temperature else 1),
                 mean_tokens=options.tokens,
             )
             for temperature in TEMPERATURES
