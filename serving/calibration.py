@@ -2,7 +2,8 @@
 
 At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests and with
 every K, for the sizes that fit ``LONGEST_SEC``; others are tried when they first occur, by their plain and widest steps
-alone. What it learns of time stays; what was accepted says nothing, and is forgotten.
+alone. What it learns of time stays, but for its level, which the first served steps set: made-up ones are 12 to 20 %
+shorter, those of all K alike. What was accepted says nothing, and is forgotten.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from serving.policy import ASYNCHRONOUS, AUTO, PolicySettings
 
 logger = logging.getLogger("vllm.specdec")
 
-LONGEST_SEC = 10.0
+LONGEST_SEC = 20.0
 PROMPT_IDS = [1, 2, 3, 4, 5, 6, 7, 8]  # of any vocabulary
 
 

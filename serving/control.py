@@ -224,6 +224,8 @@ class Control:
         self._drafts.clear()
         self.monitor = Monitor(width, self.trained_rates)
         self.start_over(self.trained_rates, DraftRates(width, WINDOW))
+        if self.policy is not None:
+            self.policy.calibrated()
 
     def failed(self, what: str) -> None:
         """A hook raised; nobody asks any more."""

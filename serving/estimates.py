@@ -10,7 +10,7 @@ from itertools import accumulate
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 UNDISTURBED = 4  # one in so many steps is undisturbed
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
-BORROWED = 2  # steps that a time of the other kind of batch counts for
+BORROWED = 2  # steps that a time counts for that is of another kind of batch, or of made-up requests
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
@@ -170,8 +170,19 @@ class StepTimes:
             return
         for key, seconds in row.items():
             if key not in self._typical:
-                self._last[key] = deque([seconds] * BORROWED, self.window)
-                self._typical[key], self._moved[key], self._borrowed[key] = seconds, 0.0, seconds
+                self._lend(key, seconds)
+
+    def were_made_up(self) -> None:
+        """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike.
+
+        So they count as borrowed ones.
+        """
+        for key, seconds in self._typical.items():
+            self._lend(key, seconds)
+
+    def _lend(self, key: tuple[int, int], seconds: float) -> None:
+        self._last[key] = deque([seconds] * BORROWED, self.window)
+        self._typical[key], self._moved[key], self._borrowed[key] = seconds, 0.0, seconds
 
     def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
         """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""

@@ -108,6 +108,11 @@ class Policy:
         self._num_steps = 0
         self._untimed: dict[tuple[bool, int, int], tuple[int, int]] = {}  # next trial's step and interval, see _unknown
 
+    def calibrated(self) -> None:
+        """All steps so far were made up: of their times the shares count, not the level."""
+        for times in self._times.values():
+            times.were_made_up()
+
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.
 

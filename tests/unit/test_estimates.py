@@ -50,6 +50,20 @@ def test_what_is_borrowed_moves_as_far_as_what_is_known_of_its_own_kind_differs(
     assert sampled.estimates(8, 3) == pytest.approx([0.022, 0.033, 0.044, 0.06]), "what has its own stays"
 
 
+def test_the_level_of_made_up_steps_is_that_of_the_first_served_ones():
+    times = StepTimes(window=20)
+    for width, seconds in enumerate([0.02, 0.03, 0.04, 0.05]):
+        for batch in (8, 16):
+            for _ in range(6):
+                times.observe(batch, width, seconds, is_trial=True)
+    times.were_made_up()
+    assert times.estimates(8, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05]) and times.num_observed(8, 3) == 2
+    for _ in range(2):
+        times.observe(8, 3, 0.06)
+    assert times.estimates(8, 3) == pytest.approx([0.024, 0.036, 0.048, 0.06])
+    assert times.estimates(16, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05])
+
+
 def test_a_narrower_step_is_never_slower_than_a_wider_one():
     times = StepTimes(window=20)
     for width, seconds in enumerate([0.02, 0.05, 0.03, 0.04]):
