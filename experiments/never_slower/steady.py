@@ -85,7 +85,7 @@ def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
 
 def sampled_passes(concurrency: int) -> int:
     """How many times as many passes if answers are sampled: what is accepted is luck, less so in many tokens."""
-    return 4 if concurrency <= 2 else 2
+    return 3 if concurrency <= 2 else 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
