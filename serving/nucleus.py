@@ -47,23 +47,12 @@ def nucleus_edge(logits: Any, p: Any) -> tuple[Any, Any]:
     mass above the token. vLLM divides by a float32 sum over the row that runs in at least four lanes, so its masses are
     off by at most a factor of 1 ± vocab / 4 ulps, halved by rounding to nearest.
     """
-    top, _, total = largest_logits(logits)
-    return edge_among(top, total, p, logits.shape[-1])
-
-
-def largest_logits(logits: Any) -> tuple[Any, Any, Any]:
-    """A row's largest logits and their tokens [rows, candidates], and the sum over the row of exp(logit - largest)
-    [rows, 1]."""
-    top, token_ids = logits.topk(NUM_CANDIDATES, dim=-1)
-    return top, token_ids, (logits - top[:, :1]).exp_().sum(-1, keepdim=True)
-
-
-def edge_among(top: Any, total: Any, p: Any, vocab_size: int) -> tuple[Any, Any]:
-    """``nucleus_edge`` of what ``largest_logits`` gave."""
+    top = logits.topk(NUM_CANDIDATES, dim=-1).values
+    total = (logits - top[:, :1]).exp_().sum(-1, keepdim=True)
     probabilities = (top - top[:, :1]).exp_() / total
     mass_up_to = 1 - (probabilities.cumsum(-1) - probabilities)
     cut = (1 - p).unsqueeze(1)
-    tolerance = vocab_size / 8 * FLOAT32_ULP * cut + OWN_ERROR
+    tolerance = logits.shape[-1] / 8 * FLOAT32_ULP * cut + OWN_ERROR
     kept = mass_up_to > cut
     kept[:, 0] = True
     last = kept.sum(-1, keepdim=True) - 1

@@ -44,10 +44,10 @@ import os
 import sys
 from typing import Any
 
-from serving.candidates import by_candidates
 from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.nucleus import without_sort
+from serving.plain_draws import by_plain_draws
 from serving.resting_speculator import with_rest
 from serving.synthetic import with_synthetic
 from serving.verification import (
@@ -156,7 +156,7 @@ def _patch_verification() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if not hasattr(RejectionSampler.forward, "__wrapped__"):  # else: loaded before
-        RejectionSampler.forward = by_one_argmax(by_candidates(RejectionSampler.forward))
+        RejectionSampler.forward = by_one_argmax(by_plain_draws(RejectionSampler.forward))
         rejection_sampler.sample_recovered_tokens = with_quick_noise(rejection_sampler.sample_recovered_tokens)
         GPUModelRunner._calc_spec_decode_metadata = with_nothing_to_verify(GPUModelRunner._calc_spec_decode_metadata)
         GPUModelRunner._prepare_inputs = as_plain_step(GPUModelRunner._prepare_inputs)

@@ -28,9 +28,11 @@ class Request:
     abort_after: int | None = None
 
     @property
-    def greedy(self) -> Request | None:
+    def reference(self) -> Request | None:
         """What a plain server is asked for the text that this must give, or begin; None where no text must be given."""
-        if self.status != 200 or not isinstance(self.body, dict) or self.body.get("temperature") != 0:
+        if self.status != 200 or not isinstance(self.body, dict):
+            return None
+        if self.body.get("temperature") != 0 and "seed" not in self.body:
             return None
         body = {key: value for key, value in self.body.items() if key not in ("stream", "vllm_xargs")}
         return Request(kind="reference", path=self.path, body=body)
@@ -46,8 +48,8 @@ def make_requests(count: int, model: str, max_model_len: int, seed: int = 0) -> 
     rng = random.Random(seed)
     texts = prompts(40)
     makers = [
-        _greedy, _greedy_stream, _greedy_off, _sampled, _several, _stop, _logprobs, _schema, _choice, _seeded_long,
-        _aborted, _bad_json, _no_messages, _huge, _too_long, _other_model, _bad_xargs, _completion,
+        _greedy, _greedy_stream, _greedy_off, _sampled, _seeded, _several, _stop, _logprobs, _schema, _choice,
+        _seeded_long, _aborted, _bad_json, _no_messages, _huge, _too_long, _other_model, _bad_xargs, _completion,
     ]  # fmt: skip
     made = [makers[i % len(makers)](rng, rng.choice(texts), model, max_model_len) for i in range(count)]
     rng.shuffle(made)
@@ -76,6 +78,12 @@ def _sampled(rng: random.Random, text: str, model: str, length: int) -> Request:
     return Request(kind="sampled", body=_body(text, model, temperature=0.8, top_p=0.9))
 
 
+def _seeded(rng: random.Random, text: str, model: str, length: int) -> Request:
+    wish = rng.choice(["off", "auto", 1, 3])
+    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": rng.randrange(10**6)}
+    return Request(kind="seed", body=_body(text, model, **sampling, vllm_xargs={"specdec": wish}))
+
+
 def _several(rng: random.Random, text: str, model: str, length: int) -> Request:
     return Request(kind="n > 1", body=_body(text, model, temperature=0.8, n=rng.choice([2, 3])))
 
@@ -85,7 +93,8 @@ def _stop(rng: random.Random, text: str, model: str, length: int) -> Request:
 
 
 def _logprobs(rng: random.Random, text: str, model: str, length: int) -> Request:
-    return Request(kind="logprobs", body=_body(text, model, temperature=0.5, logprobs=True, top_logprobs=3))
+    sampling = {"temperature": 0.5, "seed": rng.randrange(10**6)}
+    return Request(kind="logprobs", body=_body(text, model, **sampling, logprobs=True, top_logprobs=3))
 
 
 def _schema(rng: random.Random, text: str, model: str, length: int) -> Request:

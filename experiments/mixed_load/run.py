@@ -81,10 +81,10 @@ async def change_policies(url: str, statuses: Counter[int | str]) -> None:
 
 async def measure(plain: str, spec: str, model: str, count: int) -> dict[str, Any]:
     requests = make_requests(count, model, MAX_MODEL_LEN)
-    greedy = {key(each): each for request in requests if (each := request.greedy) is not None}
-    alone = await send_all(plain, list(greedy.values()), 1, "plain, one by one")
-    reference = {name: text for name, (_, text) in zip(greedy, alone, strict=True)}
-    together = await send_all(plain, list(greedy.values()), CONCURRENCY, "plain, many at once")
+    certain = {key(each): each for request in requests if (each := request.reference) is not None}
+    alone = await send_all(plain, list(certain.values()), 1, "plain, one by one")
+    reference = {name: text for name, (_, text) in zip(certain, alone, strict=True)}
+    together = await send_all(plain, list(certain.values()), CONCURRENCY, "plain, many at once")
     policies: Counter[int | str] = Counter()
     changing = asyncio.create_task(change_policies(spec, policies))
     answers = await send_all(spec, requests, CONCURRENCY, "everything at once")
@@ -103,7 +103,7 @@ async def measure(plain: str, spec: str, model: str, count: int) -> dict[str, An
         kind: [
             is_equal(reference[key(each)], text, request.abort_after is not None)
             for request, (_, text) in zip(requests, answers, strict=True)
-            if request.kind == kind and (each := request.greedy) is not None
+            if request.kind == kind and (each := request.reference) is not None
         ]
         for kind in found
     }
@@ -111,11 +111,11 @@ async def measure(plain: str, spec: str, model: str, count: int) -> dict[str, An
     return {
         "num_requests": count, "statuses": {kind: dict(each) for kind, each in sorted(found.items())}, "wrong": wrong,
         "policy_changes": {str(code): number for code, number in policies.items()},
-        "greedy_identity_rate": sum(equal) / len(equal), "num_compared": len(equal),
-        "greedy_equal_of_kind": {kind: [sum(each), len(each)] for kind, each in sorted(compared.items()) if each},
+        "identity_rate": sum(equal) / len(equal), "num_compared": len(equal),
+        "equal_of_kind": {kind: [sum(each), len(each)] for kind, each in sorted(compared.items()) if each},
         "plain_identity_rate_many_at_once": sum(
-            reference[name] == text for name, (_, text) in zip(greedy, together, strict=True)
-        ) / len(greedy),
+            reference[name] == text for name, (_, text) in zip(certain, together, strict=True)
+        ) / len(certain),
         "status_after": {key: status.get(key) for key in ("mode", "policy", "reason", "uptime_sec", "k_histogram")},
         "num_restarts": status.get("num_restarts"),
     }  # fmt: skip

@@ -30,6 +30,7 @@ DEV_MODE = "VLLM_SERVER_DEV_MODE"  # a server's environment must hold it as 1: i
 class Request(NamedTuple):
     prompt: str
     max_tokens: int
+    seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class SlicedArm:
         async def one(request: Request) -> None:
             async with gate:
                 messages = [{"role": "user", "content": request.prompt}]
-                result = await self.client.chat(messages, request.max_tokens, temperature)
+                result = await self.client.chat(messages, request.max_tokens, temperature, seed=request.seed)
                 if result.error:
                     raise RuntimeError(f"{self.name}: {result.error}: {result.error_detail}")
 

@@ -71,21 +71,20 @@ def randomised(head: Path, directory: Path) -> Path:
 
 
 def requests_of(count: int, passes: int, max_tokens: int, seed: int) -> list[Request]:
-    """Tasks of the suite with answers of different lengths, so that prompts come one by one; ``max_tokens``: mean."""
+    """Tasks of the suite with answers of different lengths, so that prompts come one by one; ``max_tokens``: mean.
+
+    Each has a seed of its own, so that all arms sample the same answers: what is accepted is no luck of one of them.
+    """
     draw = random.Random(seed)
     items = load_suite("reasoning-gym", count, seed=seed).items
     lengths = [draw.randint(max_tokens // 2, max_tokens + max_tokens // 2) for _ in items]
-    return passes * [Request(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
+    each = [(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
+    return [Request(*request, seed=number) for number, request in enumerate(passes * each)]
 
 
 def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
     """Where a load's measurement with the servers of this life lies."""
     return WORK / f"life{life}" / f"c{concurrency}-t{temperature}.json"
-
-
-def sampled_passes(concurrency: int) -> int:
-    """How many times as many passes if answers are sampled: what is accepted is luck, less so in many tokens."""
-    return 3 if concurrency <= 2 else 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +144,7 @@ def main() -> None:
             load_path(concurrency, temperature, life): Load(
                 concurrency=concurrency,
                 temperature=temperature,
-                passes=options.passes * (sampled_passes(concurrency) if temperature else 1),
+                passes=options.passes,
                 mean_tokens=options.tokens,
             )
             for temperature in TEMPERATURES

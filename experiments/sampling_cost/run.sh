@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What does sampling cost on a CPU? Top-p by vLLM's own sort and without it (serving/nucleus.py), and sampled drafts verified
-# by whole rows and by candidates (serving/candidates.py). About 20 minutes on 2 cores.
+# by whole rows and by plain decode's draws (serving/plain_draws.py). About 20 minutes on 2 cores.
 #   experiments/sampling_cost/run.sh [ROUNDS [HEAD_DIR]]                   (default: 7 rounds, the demo's head)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,4 +1,4 @@
-"""Sampled drafts verified by whole rows, as vLLM does, and by candidates (serving/candidates.py), in slices of time.
+"""Sampled drafts verified by whole rows, as vLLM does, and by plain decode's draws, in slices of time.
 
     python experiments/sampling_cost/verification.py [HEAD_DIR [PASSES]]
 

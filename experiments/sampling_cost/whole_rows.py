@@ -1,8 +1,8 @@
 """A worker that verifies sampled drafts as vLLM does, by whole rows (``--worker-extension-cls``)."""
 
-import serving.candidates
+import serving.plain_draws
 
-serving.candidates.is_top_p_alone = lambda sampling_metadata: False
+serving.plain_draws.ours_of = lambda *asked: None
 
 
 class Worker:

@@ -57,6 +57,7 @@ class ArmClient:
         max_tokens: int,
         temperature: float | None,
         thinking_budget: int | None = None,
+        seed: int | None = None,
     ) -> RequestResult:
         """Stream one answer; ``temperature`` None leaves sampling to the server's defaults. Never raises.
 
@@ -72,6 +73,8 @@ class ArmClient:
         }
         if temperature is not None:
             body["temperature"] = temperature
+        if seed is not None:
+            body["seed"] = seed
         if self.arm.xargs:
             body["vllm_xargs"] = self.arm.xargs
         started = _Clocks()

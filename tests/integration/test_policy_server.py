@@ -31,6 +31,7 @@ pytestmark = pytest.mark.vllm
 
 K = 3
 LOOKUP = {"method": "ngram", "num_speculative_tokens": K, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+KINDS = ({}, {"temperature": 0.4, "top_p": 0.95, "seed": 11})  # greedy, and sampled with a seed
 PROMPTS = [[7 + i, 40 + i, 3 * i + 1, 50, 60, 70, 80 + i] * 2 for i in range(6)]
 
 
@@ -69,7 +70,8 @@ class Client:
 def test_k_may_change_at_any_step_and_for_any_request(server):
     client = Client(server[1])
     client.set_policy("off")
-    plain = [client.complete(prompt) for prompt in PROMPTS]
+    plain = [[client.complete(prompt, **kind) for kind in KINDS] for prompt in PROMPTS]
+    assert all(greedy != sampled for greedy, sampled in plain)
     assert client.status()["totals"]["num_drafts"] == 0
     is_over = threading.Event()
 
@@ -81,7 +83,8 @@ def test_k_may_change_at_any_step_and_for_any_request(server):
 
     def ask(number: int) -> bool:
         wish = {"vllm_xargs": {"specdec": ("off", "auto", 1, 2)[number % 4]}} if number % 3 == 0 else {}
-        return client.complete(PROMPTS[number % 6], **wish) == plain[number % 6]
+        kind = number // 6 % 2
+        return client.complete(PROMPTS[number % 6], **KINDS[kind], **wish) == plain[number % 6][kind]
 
     def has_seen_all() -> bool:
         return {"0", "1", "2", "3"} <= set(client.status()["k_histogram"])
