@@ -70,16 +70,16 @@ def randomised(head: Path, directory: Path) -> Path:
     return directory
 
 
-def requests_of(count: int, passes: int, max_tokens: int, seed: int) -> list[Request]:
+def requests_of(count: int, passes: int, max_tokens: int, seed: int, has_seeds: bool = True) -> list[Request]:
     """Tasks of the suite with answers of different lengths, so that prompts come one by one; ``max_tokens``: mean.
 
-    Each has a seed of its own, so that all arms sample the same answers: what is accepted is no luck of one of them.
+    With seeds all arms sample the same answers: what is accepted is no luck of one of them.
     """
     draw = random.Random(seed)
     items = load_suite("reasoning-gym", count, seed=seed).items
     lengths = [draw.randint(max_tokens // 2, max_tokens + max_tokens // 2) for _ in items]
     each = [(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
-    return [Request(*request, seed=number) for number, request in enumerate(passes * each)]
+    return [Request(*request, seed=number if has_seeds else None) for number, request in enumerate(passes * each)]
 
 
 def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
@@ -95,6 +95,7 @@ class Load:
     temperature: float = 0.0
     passes: int = 1
     mean_tokens: int = 64  # of an answer
+    has_seeds: bool = True  # each request its own
 
 
 def measure_loads(specs: Sequence[ArmSpec], config: RunConfig, folder: Path, loads: Mapping[Path, Load]) -> None:
@@ -115,8 +116,8 @@ def measure_started(arms: Started, loads: Mapping[Path, Load]) -> None:
 
 
 async def _measure(arms: Started, load: Load) -> dict[str, Any]:
-    requests = requests_of(LOADS[load.concurrency], load.passes, load.mean_tokens, seed=0)
-    warm_up = requests_of(64, 1, load.mean_tokens, seed=1)
+    requests = requests_of(LOADS[load.concurrency], load.passes, load.mean_tokens, 0, load.has_seeds)
+    warm_up = requests_of(64, 1, load.mean_tokens, 1, load.has_seeds)
     sliced = [SlicedArm(arm) for arm in arms.values()]
     most = len(sliced) * sum(request.max_tokens for request in requests)
     with progress_bar(f"{load.concurrency} at a time, T = {load.temperature:g}", most) as advance:

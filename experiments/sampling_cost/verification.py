@@ -3,7 +3,7 @@
     python experiments/sampling_cost/verification.py [HEAD_DIR [PASSES]]
 
 Servers with K = 1 and K = 3, each both ways, beside plain decode, at T = 0.6 and the target's own top-p, 4, 16 and 32
-requests at a time. Resumable (``rm -r runs/sampling_cost`` starts anew). Writes verification.json beside this.
+requests at a time, without seeds, for which vLLM draws more slowly. Resumable (``rm -r runs/sampling_cost`` starts anew). Writes verification.json beside this.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(head: str, passes: int) -> None:
         arms[f"k{width}_whole_rows"] = arms[f"k{width}"] | WHOLE_ROWS
     specs = [ArmSpec(name=name, options=options) for name, options in arms.items()]
     loads = {
-        load_path(concurrency): Load(concurrency=concurrency, temperature=TEMPERATURE, passes=passes)
+        load_path(concurrency): Load(concurrency=concurrency, temperature=TEMPERATURE, passes=passes, has_seeds=False)
         for concurrency in CONCURRENCIES
     }
     measure_loads(specs, server_config(num_seqs=max(CONCURRENCIES)), WORK, loads)
