@@ -3,7 +3,8 @@
     python experiments/sampling_cost/verification.py [HEAD_DIR [PASSES]]
 
 Servers with K = 1 and K = 3, each both ways, beside plain decode, at T = 0.6 and the target's own top-p, 4, 16 and 32
-requests at a time, without seeds, for which vLLM draws more slowly. Resumable (``rm -r runs/sampling_cost`` starts anew). Writes verification.json beside this.
+requests at a time, without seeds, for which vLLM draws more slowly. Resumable (``rm -r runs/sampling_cost`` starts
+anew). Writes verification.json beside this.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def ask(server: FakeServer, prompt: str = "hello", timeout_sec: float = 20, **kw
                 kwargs.get("max_tokens", 100),
                 kwargs.get("temperature", 0.0),
                 kwargs.get("thinking_budget"),
+                kwargs.get("seed"),
             )
 
     with serving(server):
@@ -44,13 +45,15 @@ def test_ttft_waits_for_a_token_not_for_the_role_chunk():
     assert result.ttft_sec >= 0.05 and 0.1 <= result.e2e_sec < 2  # the role chunk came at once
 
 
-def test_request_body_says_what_it_must_and_no_seed():
+def test_request_body_says_what_it_must_and_no_seed_unless_asked():
     server = FakeServer()
     ask(server, temperature=None, xargs={"specdec": "2"})
     (body,) = server.log
     assert body["vllm_xargs"] == {"specdec": "2"}
     assert "temperature" not in body and "seed" not in body
     assert body["stream_options"] == {"include_usage": True} and body["return_token_ids"] is True
+    ask(server, seed=0)
+    assert server.log[-1]["seed"] == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from experiments.never_slower import slices
 from experiments.never_slower.slices import Request, SlicedArm, measure
 
-REQUESTS = [Request(f"task {i}", 10) for i in range(6)]
+REQUESTS = [Request(f"task {i}", 10, seed=i) for i in range(6)]
 
 
 class Server(SlicedArm):
@@ -22,8 +22,10 @@ class Server(SlicedArm):
         self.budget = asyncio.Semaphore(0)
         self.client = SimpleNamespace(chat=self.chat)
         self.error = None
+        self.seeds = []
 
-    async def chat(self, messages, max_tokens, temperature):
+    async def chat(self, messages, max_tokens, temperature, seed):
+        self.seeds.append(seed)
         for _ in range(max_tokens):
             await self.budget.acquire()
             self.num_tokens += 1
@@ -56,7 +58,9 @@ def run(arms: list[Server], warm_up: list[Request]):
 
 def test_the_one_that_has_done_least_goes_next_and_all_do_the_same_work():
     log: list[str] = []
-    work = run([Server("slow", 4, log), Server("fast", 12, log)], [])
+    arms = [Server("slow", 4, log), Server("fast", 12, log)]
+    work = run(arms, [])
+    assert arms[0].seeds == arms[1].seeds == list(range(6)), "all arms are asked for the same answers"
     assert {name: each.num_tokens[-1] for name, each in work.items()} == {"slow": 60, "fast": 60}
     assert log.count("slow") == 15 and log.count("fast") == 5
     assert all("fast" in log[i : i + 5] for i in range(0, 16, 4)), "a fast one waits for the others"
