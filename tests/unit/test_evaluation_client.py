@@ -52,8 +52,8 @@ def test_request_body_says_what_it_must_and_no_seed_unless_asked():
     assert body["vllm_xargs"] == {"specdec": "2"}
     assert "temperature" not in body and "seed" not in body
     assert body["stream_options"] == {"include_usage": True} and body["return_token_ids"] is True
-    ask(server, seed=0)
-    assert server.log[-1]["seed"] == 0
+    ask(seeded := FakeServer(), seed=0)
+    assert seeded.log[0]["seed"] == 0
 
 
 @pytest.mark.parametrize(
