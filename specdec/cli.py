@@ -161,10 +161,12 @@ def _vllm_arguments(arguments: list[str]) -> list[str]:
     """What followed ``--`` on the command line.
 
     Raises:
-        ValueError: an unknown option in front of it, which is a typing error rather than vLLM's business.
+        ValueError: something else in front of it: a typing error, or a target named as vLLM's own command takes it.
     """
     after = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     before = arguments[: len(arguments) - len(after)]
+    if before and not before[0].startswith("-"):
+        raise ValueError(f"unexpected {before[0]}: if that is the target, say --target {before[0]}")
     if before:
         raise ValueError(f"unknown option {before[0]}; see `specdec serve --help`, and put vLLM's own options after --")
     return after

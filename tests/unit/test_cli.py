@@ -105,6 +105,10 @@ def test_a_mistyped_option_of_serve_is_not_handed_to_vllm(target):
     assert_user_error(specdec("serve", "--target", target, "--no-speculations"), "--no-speculations", "after --")
 
 
+def test_a_target_that_stands_alone_is_told_its_option():
+    assert_user_error(specdec("serve", "some/model", "--port", "0"), "--target some/model")
+
+
 def test_a_full_disk_is_named_and_nothing_is_lost(target, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import specdec.cli, specdec.targets as t, errno\n"
