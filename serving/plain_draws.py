@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from serving.verification import is_idle
+from serving.verification import rows_changed_by
 
 
 def by_plain_draws(forward: Any) -> Any:
@@ -83,15 +83,10 @@ def requests_that_want_more(asked: Any) -> set[int] | None:
     if asked.allowed_token_ids_mask is not None:
         found |= set(asked.allowed_token_ids_mask.any(-1).nonzero().flatten().tolist())
     for processor in (*asked.logitsprocs.argmax_invariant, *asked.logitsprocs.non_argmax_invariant):
-        if is_idle(processor):
-            continue
-        name = type(processor).__name__
-        if name == "MinPLogitsProcessor":
-            found |= set(processor.min_p_cpu.nonzero()[0].tolist())
-        elif name in ("LogitBiasLogitsProcessor", "MinTokensLogitsProcessor"):
-            found |= set(processor.biases if name.startswith("LogitBias") else processor.min_toks)
-        else:
+        rows = rows_changed_by(processor)
+        if rows is None:
             return None
+        found |= rows
     return found
 
 

@@ -71,13 +71,20 @@ def asks_nothing_else(sampling_metadata: Any) -> bool:
 
 
 def is_idle(processor: Any) -> bool:
-    """A logit bias, a minimum of tokens or of probability that no request asks for; other processors count as busy."""
-    states = {
-        "LogitBiasLogitsProcessor": "biases", "MinTokensLogitsProcessor": "min_toks",
-        "MinPLogitsProcessor": "min_p_count",
-    }  # fmt: skip
-    state = states.get(type(processor).__name__)
-    return state is not None and not getattr(processor, state)
+    """Whether it is one of vLLM's own, and no request asks for it."""
+    return rows_changed_by(processor) == set()
+
+
+def rows_changed_by(processor: Any) -> set[int] | None:
+    """The requests that ask for a logit bias, a minimum of tokens or of probability; None of other processors."""
+    name = type(processor).__name__
+    if name == "LogitBiasLogitsProcessor":
+        return set(processor.biases)
+    if name == "MinTokensLogitsProcessor":
+        return set(processor.min_toks)
+    if name == "MinPLogitsProcessor":
+        return set(processor.min_p_cpu.nonzero()[0].tolist()) if processor.min_p_count else set()
+    return None
 
 
 def with_quick_noise(sample_recovered_tokens: Any) -> Any:
