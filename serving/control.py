@@ -112,9 +112,10 @@ class Control:
     def scheduled(self, output: Any) -> None:
         """A step is about to run. Only decode steps count, for the policy those that verify the K that they draft."""
         begun_sec = self.clock()
-        asked, width = self._asked, output.num_spec_tokens_to_schedule
-        self._asked = width
         drafts, tokens = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
+        # An empty step, as one of an engine that was paused, drafts nothing: the drafts of the one before it remain.
+        asked, width = self._asked, output.num_spec_tokens_to_schedule if tokens else self._asked
+        self._asked = width
         lengths = Counter(map(len, drafts.values()))
         lengths[0] += len(tokens) - len(drafts)
         num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())

@@ -154,6 +154,23 @@ def test_a_short_find_counts_as_rejected_where_it_ends(control):
     assert control.policy.acceptance.conditional_rates[1] == pytest.approx(second, abs=0.1)
 
 
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_an_empty_step_says_nothing_of_what_comes_after_it(control, width):
+    """vLLM gives it the widest K; in plain decode, too, nobody asked for drafts that are missing."""
+    before = control.policy.acceptance.conditional_rates
+    run(control, step(2, width, width), 0.05)
+    for _ in range(200):
+        run(control, step(0, 0, 3), 0.001)
+        control.scheduled(step(1, width, width))
+        if width:
+            control.drafted(SimpleNamespace(request_id="r0", prompt_token_ids=[1], output_token_ids=[2]), width, width)
+        control.now[0] += 0.05
+        control.ended(1 + width, lambda _: True)
+    rates = control.policy.acceptance.conditional_rates
+    assert rates[width:] == before[width:] and all(rate > 0.9 for rate in rates[:width])
+    assert control.policy.times.estimates(1, 3)[width] == pytest.approx(0.05)
+
+
 def test_steps_with_sampled_sequences_are_timed_apart(control):
     control.added("r1", sampling(temperature=0.6))
     for batch, seconds in ((2, 0.2), (2, 0.2), (2, 0.2), (1, 0.05), (1, 0.05), (1, 0.05)):  # r0 alone is greedy
