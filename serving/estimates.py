@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
-UNDISTURBED = 4  # one in so many steps is undisturbed
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
-BORROWED = 2  # steps that a time counts for that is of another kind of batch, or of made-up requests
+BORROWED = 2  # steps that a time counts for that is of another kind of batch
+FIRST_NOISE = 0.1  # standard deviation of the log of a step's time from one step to the next,
+LEAST_NOISE, NOISE_GAIN = 0.002, 0.02  # at least, and how fast it is learned
+DRIFT, OWN_DRIFT = 0.4, 3e-4  # variance that a step adds, in that of the noise: the machine's speed, and what a K takes
+MOST_DRIFT = 25.0  # of the machine's speed, after however many steps
+ODD = 3.0  # standard deviations by which a step is out of proportion
+LENT_DOUBT = 0.1  # standard deviation of how the K compare for a batch of another kind, or of made-up requests
+UNKNOWN_UNCERTAINTY = 0.3  # of a K that was never timed with a batch of this kind
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
@@ -80,70 +86,100 @@ class AcceptanceModel:
         return expected
 
 
-@dataclass(slots=True)
+class _Size:
+    """One batch size: the log of each K's seconds, and the machine's slowness, which all of them share.
+
+    A Kalman filter. Its state: slowness, then each K in the order in which they were first timed. The covariance is
+    in units of the variance of the noise, which is what a single step is off: how well a K is known depends on it.
+    """
+
+    def __init__(self) -> None:
+        self.place: dict[int, int] = {}  # of K in the state
+        self.state, self.covariance = [0.0], [[1.0]]
+        self.num_steps: dict[int, int] = {}  # timed, by K
+        self.slowness_at: dict[int, float] = {}  # K -> when it was timed last
+        self.lent: set[int] = set()  # K of which only a batch of another kind told
+        self.last_step = 0  # of any size
+
+    def begin(self, width: int, log_sec: float, covariances: Sequence[float], variance: float) -> None:
+        """With a K that was not known."""
+        self.place[width] = len(self.state)
+        self.state.append(log_sec)
+        for row, each in zip(self.covariance, covariances, strict=True):
+            row.append(each)
+        self.covariance.append([*covariances, variance])
+        self.slowness_at[width] = self.state[0]
+
+    def pass_steps(self, count: int) -> None:
+        """So many since the last one of this size."""
+        self.covariance[0][0] += min(DRIFT * count, MOST_DRIFT)
+        for i in range(1, len(self.state)):
+            self.covariance[i][i] += OWN_DRIFT * count
+
+    def observe(self, width: int, log_sec: float, noise: float) -> float:
+        """A step. Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most."""
+        self.num_steps[width] = self.num_steps.get(width, 0) + 1
+        self.lent.discard(width)
+        if width not in self.place:
+            slowness = self.covariance[0]
+            self.begin(width, log_sec - self.state[0], [-each for each in slowness], 1.0 + slowness[0])
+            return 1.0
+        i = self.place[width]
+        off = log_sec - self.state[0] - self.state[i]
+        gains = [row[0] + row[i] for row in self.covariance]
+        variance = gains[0] + gains[i] + 1.0
+        oddness = off * off / (variance * noise)
+        if off > 0:
+            variance *= max(1.0, oddness / ODD**2)
+        for j, gain in enumerate(gains):
+            self.state[j] += gain / variance * off
+        for row, a in zip(self.covariance, gains, strict=True):
+            for j, b in enumerate(gains):
+                row[j] -= a * b / variance
+        self.slowness_at[width] = self.state[0]
+        return min(oddness, ODD**2)
+
+    def doubt(self, width: int, log_sec: float, noise: float) -> None:
+        """What is known of this K may be wrong by so much."""
+        i = self.place[width]
+        self.covariance[i][i] += log_sec**2 / noise
+
+    def seconds(self) -> dict[int, float]:
+        """Of each K, at the machine's present speed."""
+        return {width: math.exp(self.state[0] + self.state[i]) for width, i in self.place.items()}
+
+
 class StepTimes:
-    """Typical seconds of the last decode steps by batch size and K.
+    """Seconds of decode steps by batch size and K.
 
     Batch sizes up to a power of two share their times: each counts as what it would have been at the full size.
 
-    What disturbs a step makes it slower, never faster: on a shared machine by a quarter on average, for a step or for
-    seconds, while the undisturbed ones agree to a few per cent. So a typical step is one that a quarter of the steps
-    were faster than, of as many as the window holds: a trial that was disturbed for most of its time still tells, and
-    steps of different moments compare. No fewer, for steps that verify sampled drafts differ by more than plain ones
-    do, and by the fastest alone drafting would look cheaper than it is.
+    On a shared machine steps differ by a fifth, for seconds at a time and whatever K is: two K that are timed one after
+    the other cannot be told apart by their means or medians. By how much a step differs from those just before it tells
+    more. So the log of its time is taken for a sum of three: the machine's slowness, a random walk; what the K takes,
+    which hardly changes; and noise, whose variance is learned. A Kalman filter (Kalman, 1960) keeps what is known of
+    all K, and how well each is known beside another: less and less well, while it is not served.
 
-    A machine's speed changes, for all K alike. So while one K is served, what was measured of the others at this batch
-    size moves with it, as soon as its own is that of a full window of such steps; before, it still moves because it
-    becomes more certain. How far the served time has moved since another was measured tells how little that one is
-    still worth: not every change is the machine's, and the first steps may have met one that was busy. And since a
-    step that drafts more does more, a narrower step never counts as slower than a wider one, nor a plain one as slower
-    than ``DRAFTING`` allows: it was disturbed then.
+    What disturbs a step makes it slower, never faster: the more a slow one is out of all proportion, the less it
+    counts. And since a step that drafts more does more, a narrower step never counts as slower than a wider one, nor a
+    plain one as slower than ``DRAFTING`` allows.
     """
 
-    window: int
-    _last: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    _typical: dict[tuple[int, int], float] = field(default_factory=dict)
-    _moved: dict[tuple[int, int], float] = field(default_factory=dict)  # log of the served one's change since then
-    _borrowed: dict[tuple[int, int], float] = field(default_factory=dict)  # as lent, until it has steps of its own
-    _served: tuple[int, int] = (0, 0)  # batch size and K of the last steps that were no trial,
-    _num_served: int = 0  # and how many came in a row
+    def __init__(self) -> None:
+        self._sizes: dict[int, _Size] = {}
+        self._noise = FIRST_NOISE**2
+        self._num_steps = 0
 
-    def observe(self, batch: int, num_draft_tokens: int, seconds: float, is_trial: bool = False) -> None:
-        """A step took so long; ``is_trial``: with a K that is not being served."""
-        key = bucket(batch), num_draft_tokens
-        seconds /= self._share_of_full(batch)
-        last = self._last.setdefault(key, deque(maxlen=self.window))
-        before = self._typical.get(key, 0.0)
-        last.append(seconds)
-        has_own = key in self._borrowed and len(last) >= 2 * BORROWED
-        if has_own:
-            self.keep_newest(batch, num_draft_tokens, BORROWED)
-        self._typical[key] = sorted(last)[len(last) // UNDISTURBED]
-        self._moved[key] = 0.0
-        if has_own:
-            self._move_borrowed(key)
-        if is_trial:
+    def observe(self, batch: int, num_draft_tokens: int, seconds: float) -> None:
+        """A step took so long; one that took none tells nothing."""
+        if seconds <= 0:
             return
-        self._num_served = self._num_served + 1 if key == self._served else 1
-        self._served = key
-        if before > 0 and self._typical[key] not in (0.0, before):
-            self._move_others(key, self._typical[key] / before, is_certain=self._num_served > self.window)
-
-    def _move_others(self, key: tuple[int, int], factor: float, is_certain: bool) -> None:
-        for other in self._typical:
-            if other[0] == key[0] and other != key:
-                self._moved[other] += math.log(factor)
-                if is_certain:
-                    self._typical[other] *= factor
-                    self._last[other] = deque((seconds * factor for seconds in self._last[other]), self.window)
-
-    def _move_borrowed(self, key: tuple[int, int]) -> None:
-        """``key`` has steps of its own now: what is still borrowed of its batch size differs by as much."""
-        factor = self._typical[key] / self._borrowed.pop(key)
-        for other, lent in self._borrowed.items():
-            if other[0] == key[0]:
-                self._typical[other], self._moved[other] = lent * factor, 0.0
-                self._last[other] = deque([lent * factor] * BORROWED, self.window)
+        size = self._sizes.setdefault(bucket(batch), _Size())
+        self._num_steps += 1
+        size.pass_steps(self._num_steps - size.last_step)
+        size.last_step = self._num_steps
+        off = size.observe(num_draft_tokens, math.log(seconds / self._share_of_full(batch)), self._noise)
+        self._noise = max(LEAST_NOISE**2, self._noise * (1 + NOISE_GAIN * (off - 1)))
 
     def _share_of_full(self, batch: int) -> float:
         """How long a step takes beside one of the full batch size, by how much longer that one takes than a half.
@@ -153,55 +189,68 @@ class StepTimes:
         size = bucket(batch)
         if batch == size:
             return 1.0
-        widths = [k for each, k in self._typical if each == size and (size // 2, k) in self._typical]
-        full, half = (sum(self._typical[each, k] for k in widths) for each in (size, size // 2))
-        growth = min(1.0, max(0.0, 2 * (1 - half / full))) if full else UNKNOWN_GROWTH
+        full, half = (self._sizes[each].seconds() if each in self._sizes else {} for each in (size, size // 2))
+        both = full.keys() & half.keys()
+        longer = sum(full[k] for k in both)
+        growth = min(1.0, max(0.0, 2 * (1 - sum(half[k] for k in both) / longer))) if both else UNKNOWN_GROWTH
         return 1 - growth * (1 - batch / size)
 
     def borrow(self, other: StepTimes, batch: int, max_draft_tokens: int) -> None:
         """Start from what ``other`` knows of this batch size, if it knows plain and widest steps.
 
-        Each time stands for ``BORROWED`` steps until there are as many of its own, and is moved as far as those of
-        another K differ from what was borrowed for that one.
+        The K compare much as they do there; the level, which is the slowness here, may be another.
         """
-        size = bucket(batch)
-        row = {key: seconds for key, seconds in other._typical.items() if key[0] == size}
-        if (size, 0) not in row or (size, max_draft_tokens) not in row:
+        lender = other._sizes.get(bucket(batch))
+        if lender is None or not {0, max_draft_tokens} <= lender.place.keys():
             return
-        for key, seconds in row.items():
-            if key not in self._typical:
-                self._lend(key, seconds)
+        mine = self._sizes.setdefault(bucket(batch), _Size())
+        if not mine.place:
+            mine.state[0], mine.covariance[0][0], mine.last_step = lender.state[0], MOST_DRIFT, self._num_steps
+        for width in lender.place.keys() - mine.place.keys():
+            i = lender.place[width]
+            mine.begin(width, lender.state[i], [0.0] * len(mine.state), lender.covariance[i][i])
+            mine.doubt(width, LENT_DOUBT, self._noise)
+            mine.num_steps[width] = BORROWED
+            mine.lent.add(width)
 
     def were_made_up(self) -> None:
-        """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike.
+        """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike."""
+        for size in self._sizes.values():
+            size.covariance[0][0] += MOST_DRIFT
+            for width in size.place:
+                size.doubt(width, LENT_DOUBT, self._noise)
 
-        So they count as borrowed ones.
-        """
-        for key, seconds in self._typical.items():
-            self._lend(key, seconds)
-
-    def _lend(self, key: tuple[int, int], seconds: float) -> None:
-        self._last[key] = deque([seconds] * BORROWED, self.window)
-        self._typical[key], self._moved[key], self._borrowed[key] = seconds, 0.0, seconds
-
-    def keep_newest(self, batch: int, num_draft_tokens: int, num_kept: int) -> None:
-        """Of what was measured so far only the last ``num_kept`` steps count; of none, until the next such step."""
-        last = self._last.get((bucket(batch), num_draft_tokens), deque())
-        while len(last) > num_kept:
-            last.popleft()
+    def doubt(self, batch: int, num_draft_tokens: int) -> None:
+        """What was measured of this K counts the less, the more the machine has changed since."""
+        size = self._sizes.get(bucket(batch))
+        if size is not None and num_draft_tokens in size.place:
+            size.doubt(num_draft_tokens, math.log(self.moved(batch, num_draft_tokens)), self._noise)
 
     def moved(self, batch: int, num_draft_tokens: int) -> float:
-        """By which factor the served time has changed, up or down, since this one was measured; at least 1."""
-        return math.exp(abs(self._moved.get((bucket(batch), num_draft_tokens), 0.0)))
+        """By which factor the machine's speed has changed, up or down, since this K was timed; at least 1."""
+        size = self._sizes.get(bucket(batch))
+        if size is None or num_draft_tokens not in size.place:
+            return 1.0
+        return math.exp(abs(size.state[0] - size.slowness_at[num_draft_tokens]))
+
+    def uncertainty(self, batch: int, num_draft_tokens: int, than: int) -> float:
+        """Standard deviation of the log of how much longer this K takes than another one."""
+        size = self._sizes.get(bucket(batch))
+        if size is None or not {num_draft_tokens, than} <= size.place.keys() or num_draft_tokens in size.lent:
+            return UNKNOWN_UNCERTAINTY
+        i, j = size.place[num_draft_tokens], size.place[than]
+        variance = size.covariance[i][i] + size.covariance[j][j] - 2 * size.covariance[i][j]
+        return math.sqrt(max(0.0, variance) * self._noise)
 
     def num_observed(self, batch: int, num_draft_tokens: int) -> int:
-        """At most the window."""
-        return len(self._last.get((bucket(batch), num_draft_tokens), ()))
+        """Steps; what was borrowed counts as ``BORROWED``."""
+        size = self._sizes.get(bucket(batch))
+        return size.num_steps.get(num_draft_tokens, 0) if size is not None else 0
 
     def nearest(self, batch: int, max_draft_tokens: int) -> int:
         """The batch size closest to ``batch`` whose plain and widest steps were timed; ``batch`` where its own were, or
         none."""
-        sizes = [size for size, k in self._typical if k == 0 and (size, max_draft_tokens) in self._typical]
+        sizes = [size for size, each in self._sizes.items() if {0, max_draft_tokens} <= each.place.keys()]
         if bucket(batch) in sizes:
             return batch
         return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)
@@ -212,8 +261,8 @@ class StepTimes:
 
     def estimates(self, batch: int, max_draft_tokens: int) -> list[float | None]:
         """Seconds of each K from 0 on; between two measured widths by a straight line, None outside them."""
-        size = bucket(batch)
-        row = sorted((k, self._typical[each, k]) for each, k in self._typical if each == size)
+        size = self._sizes.get(bucket(batch))
+        row = sorted(size.seconds().items()) if size is not None else []
         rising = list(accumulate((seconds for _, seconds in reversed(row)), min))[::-1]
         row = [(k, seconds) for (k, _), seconds in zip(row, rising, strict=True)]
         if len(row) > 1 and row[0][0] == 0:

@@ -42,7 +42,7 @@ def parse_policy(text: str) -> tuple[str, int | None]:
 class PolicySettings:
     """The controller's constants. Steps are engine steps."""
 
-    margin: float = 0.03  # a change must promise this much more goodput
+    margin: float = 0.02  # a change must promise this much more goodput
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
     recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine
@@ -51,16 +51,13 @@ class PolicySettings:
     probe_share: float = 0.005  # of the time, that probes which don't pay may cost
     min_probe_steps: int = 64  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
-    min_recheck_steps: int = 32  # while speculating, from a change to the next time that another K is timed: at least,
+    min_recheck_steps: int = 16  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 256  # and at most
     recheck_share: float = 0.01  # of the time, that it may cost
-    optimism: float = 0.5  # by which share the time of a K of which one step was timed may be too long; of n: over √n
+    hope: float = 1.0  # standard deviations by which the time of another K may be too long
     acceptance_window: float = 128.0  # drafts that count, of each position
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
-    max_moved: float = 1.35  # a time since which the served one changed by more is measured again, be it early;
-    void_moved: float = 2.0  # and by more than this, then nothing of it counts any more
-    time_window: int = 65  # steps that count, of each batch size and K;
-    kept_steps: int = 8  # and of one that is no longer served: all of one stretch of time, trials must outnumber them
+    max_moved: float = 2.0  # a time since which the machine's speed changed by more is measured again, be it early
     hopeless_drafts: int = 4  # after so many a probe may end early,
     benefit_of_doubt: float = 2.0  # when even so many more acceptances would not make it pay
     steps_per_time: int = 1  # whose time is taken together: what ``observe_step`` is told is their mean
@@ -70,7 +67,7 @@ class PolicySettings:
 # An engine that schedules a step while the one before it runs books two in one go when it is late: of single steps some
 # look several times as fast as any is. Where engines do so, on a GPU, steps are short, so trials may have more of them.
 ASYNCHRONOUS = PolicySettings(
-    steps_per_time=8, lag_steps=1, dwell_steps=48, trial_steps=20, recheck_trial_steps=12, kept_steps=3,
+    steps_per_time=8, lag_steps=1, dwell_steps=48, trial_steps=20, recheck_trial_steps=12,
     min_probe_steps=256, max_probe_steps=16_384, min_recheck_steps=128, max_recheck_steps=1024,
 )  # fmt: skip
 
@@ -85,7 +82,7 @@ class Policy:
         self.settings = settings or PolicySettings()
         self.max_draft_tokens = max_draft_tokens
         # A step whose sequences are all greedy verifies by comparing tokens, any other by their distributions.
-        self._times = {sampled: StepTimes(self.settings.time_window) for sampled in (False, True)}
+        self._times = {sampled: StepTimes() for sampled in (False, True)}
         self.times = self._times[False]  # those of the batch that was last asked about
         self.mode, self.fixed = AUTO, max_draft_tokens
         self._trial: tuple[int, int] | None = None  # K on trial, steps left
@@ -140,7 +137,7 @@ class Policy:
         ``sampled``: some of them are not greedy.
         """
         self._num_timed += self._trial is not None and self._trial[0] == num_draft_tokens
-        self._times[sampled].observe(batch, num_draft_tokens, seconds, is_trial=num_draft_tokens != self.width)
+        self._times[sampled].observe(batch, num_draft_tokens, seconds)
 
     def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
         """K for the next step at this batch size; called once a step.
@@ -221,10 +218,9 @@ class Policy:
         return max(others, key=lambda k: self._hoped_for(batch, k))
 
     def _hoped_for(self, batch: int, num_draft_tokens: int) -> float:
-        """Its goodput, were its few steps disturbed ones: the fewer were timed, the more may be wrong with them."""
-        goodput = self.goodput(batch, num_draft_tokens)
-        num_steps = max(1, self.times.num_observed(batch, num_draft_tokens))
-        return (goodput or 0.0) * (1 + self.settings.optimism / math.sqrt(num_steps))
+        """Its goodput, were it as fast as it may be by what is known of it."""
+        uncertainty = self.times.uncertainty(batch, num_draft_tokens, self.chosen)
+        return (self.goodput(batch, num_draft_tokens) or 0.0) * math.exp(self.settings.hope * uncertainty)
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
@@ -274,10 +270,8 @@ class Policy:
         return None
 
     def _try(self, batch: int, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
-        moved = self.times.moved(batch, width)
-        if moved > self.settings.max_moved:
-            num_kept = 0 if moved > self.settings.void_moved else self.settings.trial_steps
-            self.times.keep_newest(batch, width, num_kept)
+        if self.times.moved(batch, width) > self.settings.max_moved:
+            self.times.doubt(batch, width)
         self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
         self._steps_since_trial = self._drafts_since_trial = self._num_timed = 0
         self.reason = reason
@@ -291,7 +285,6 @@ class Policy:
         best = max(known, key=lambda k: known[k])
         is_better = best != before and (now is None or known[best] > now * (1 + self.settings.margin))
         if is_better:
-            self.times.keep_newest(batch, before, self.settings.kept_steps)
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
             self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps

@@ -93,10 +93,10 @@ def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():
         control.monitor.observe_step(1, 3, 0.04, 1, 1.0, lambda batch: None)
     control.calibrated()
     assert control.policy.acceptance.conditional_rates == pytest.approx(rates)
-    assert control.policy.times.estimate(1, 3) == 0.04 and control.policy.times.estimate(1, 0) == 0.02
+    assert control.policy.times.estimates(1, 3)[::3] == pytest.approx([0.02, 0.04])
     for _ in range(2):  # a served step is longer, whatever is drafted
         control.policy.observe_step(1, 3, 0.05)
-    assert control.policy.times.estimate(1, 0) == pytest.approx(0.025)
+    assert control.policy.times.estimate(1, 0) == pytest.approx(0.025, rel=0.05)
     assert control.status()["totals"]["num_steps"] == 0 and control.status()["k_histogram"] == {}
 
 
