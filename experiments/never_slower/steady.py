@@ -33,7 +33,7 @@ from specdec.record import provenance, write_json_atomic
 Started = dict[str, Arm]  # servers that answer, by name
 WORK = Path("runs/never_slower")
 SHIFT = WORK / "shift.json"
-LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many on each pass
+LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many tasks, times --passes
 TEMPERATURES = (0.0, 0.6)
 ADAPTATION_SEC = 5.0
 
@@ -70,16 +70,17 @@ def randomised(head: Path, directory: Path) -> Path:
     return directory
 
 
-def requests_of(count: int, passes: int, max_tokens: int, seed: int, has_seeds: bool = True) -> list[Request]:
+def requests_of(count: int, max_tokens: int, seed: int, has_seeds: bool = True) -> list[Request]:
     """Tasks of the suite with answers of different lengths, so that prompts come one by one; ``max_tokens``: mean.
 
-    With seeds all arms sample the same answers: what is accepted is no luck of one of them.
+    With seeds all arms sample the same answers, as greedy ones are: what is accepted is no luck of one of them. Where
+    rounding parts the answers it is, so no task is asked twice.
     """
     draw = random.Random(seed)
     items = load_suite("reasoning-gym", count, seed=seed).items
     lengths = [draw.randint(max_tokens // 2, max_tokens + max_tokens // 2) for _ in items]
-    each = [(item.turns[0], length) for item, length in zip(items, lengths, strict=True)]
-    return [Request(*request, seed=number if has_seeds else None) for number, request in enumerate(passes * each)]
+    each = zip(items, lengths, strict=True)
+    return [Request(item.turns[0], n, seed=i if has_seeds else None) for i, (item, n) in enumerate(each)]
 
 
 def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
@@ -89,7 +90,7 @@ def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """So many requests at a time, over the load's requests so many times."""
+    """So many requests at a time, and so many times the load's number of them."""
 
     concurrency: int
     temperature: float = 0.0
@@ -116,8 +117,8 @@ def measure_started(arms: Started, loads: Mapping[Path, Load]) -> None:
 
 
 async def _measure(arms: Started, load: Load) -> dict[str, Any]:
-    requests = requests_of(LOADS[load.concurrency], load.passes, load.mean_tokens, 0, load.has_seeds)
-    warm_up = requests_of(64, 1, load.mean_tokens, 1, load.has_seeds)
+    requests = requests_of(load.passes * LOADS[load.concurrency], load.mean_tokens, 0, load.has_seeds)
+    warm_up = requests_of(64, load.mean_tokens, 1, load.has_seeds)
     sliced = [SlicedArm(arm) for arm in arms.values()]
     most = len(sliced) * sum(request.max_tokens for request in requests)
     with progress_bar(f"{load.concurrency} at a time, T = {load.temperature:g}", most) as advance:

@@ -29,22 +29,12 @@ from tests.tiny import save_tiny_target
 pytestmark = pytest.mark.vllm
 
 MAX_MODEL_LEN = 768
-TINY_OPTIONS = ("--set", "serve.max_model_len=256")
+TINY_MODEL_LEN = 256
+TINY_OPTIONS = ("--set", f"serve.max_model_len={TINY_MODEL_LEN}")
 START_SEC = 300.0
 SERVE = [sys.executable, "-m", "specdec", "serve"]
 DRAFT_VOCAB_SIZE = 256
 NUM_SPECULATIVE_TOKENS = 3
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
-    pytest.importorskip("vllm", reason="needs vLLM")
-    return resolve_target(TargetConfig())
-
-
-@pytest.fixture(scope="module")
-def head_dir(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_head(target, tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")
@@ -193,26 +183,21 @@ def metric(facts: dict[str, Any], name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(f"{name}{{"))
 
 
-def test_plain_server_answers_survives_a_long_seeded_prompt_and_leaves_nothing(target: Target, tmp_path: Path):
-    with served(tmp_path, "--target", target.name, "--no-speculation") as facts:
+def drafted(facts: dict[str, Any]) -> list[float]:
+    """Drafts, and their tokens."""
+    return [metric(facts, f"vllm:spec_decode_num_{what}_total") for what in ("drafts", "draft_tokens")]
+
+
+def test_plain_server_answers_survives_a_long_seeded_prompt_and_leaves_nothing(tiny_target: Target, tmp_path: Path):
+    with served(tmp_path, "--target", tiny_target.name, "--no-speculation", *TINY_OPTIONS) as facts:
         assert (facts["ready"], facts["head"], facts["num_speculative_tokens"]) == (True, None, 0)
         check_chat(facts)
-        assert metric(facts, "vllm:spec_decode_num_drafts_total") == 0
+        assert drafted(facts) == [0, 0]
         # More prompt tokens at once than vLLM's default step holds: prefilled in chunks, they would kill the engine.
-        long_prompts = [[7 + i] * (MAX_MODEL_LEN - 8) for i in range(3)]
+        long_prompts = [[7 + i] * (TINY_MODEL_LEN - 8) for i in range(9)]
         answer = complete(facts, "/v1/completions", prompt=long_prompts, seed=3, temperature=0.7, max_tokens=4)
-        assert len(answer["choices"]) == 3
+        assert len(answer["choices"]) == 9
         check_chat(facts)
-
-
-def test_eagle3_head_drafts_and_leaves_nothing(target: Target, head_dir: Path, tmp_path: Path):
-    policy = f"fixed:{NUM_SPECULATIVE_TOKENS}"  # by itself it would soon draft nothing
-    with served(tmp_path, "--target", target.name, "--head", str(head_dir), "--policy", policy) as facts:
-        assert (facts["head"], facts["num_speculative_tokens"]) == ("eagle3", NUM_SPECULATIVE_TOKENS)
-        check_chat(facts)
-        num_drafts = metric(facts, "vllm:spec_decode_num_drafts_total")
-        assert num_drafts > 0
-        assert metric(facts, "vllm:spec_decode_num_draft_tokens_total") == num_drafts * NUM_SPECULATIVE_TOKENS
 
 
 def test_a_corrupt_head_is_served_plain_and_the_reason_is_said(tiny_target: Target, tmp_path: Path):
@@ -266,7 +251,12 @@ def test_an_engine_that_is_killed_under_load_and_then_hangs_serves_again_at_last
     head = str(write_head(tiny_target, tmp_path))
     options = ("--target", tiny_target.name, "--head", head, "--set", "serve.health_timeout_sec=5", *TINY_OPTIONS)
     with started(tmp_path, *options) as (process, facts):
+        assert (facts["head"], facts["num_speculative_tokens"]) == ("eagle3", NUM_SPECULATIVE_TOKENS)
         httpx.put(f"{facts['url']}/specdec/policy", content="fixed:2", trust_env=False).raise_for_status()
+        before = drafted(facts)
+        check_chat(facts)
+        num_drafts, num_draft_tokens = (after - b for after, b in zip(drafted(facts), before, strict=True))
+        assert num_drafts > 0 and num_draft_tokens == 2 * num_drafts
         url, answers = f"{facts['url']}/v1/completions", []
         body = {"model": facts["model"], "prompt": [7] * 8, "max_tokens": 240, "ignore_eos": True, "n": 8}
 
