@@ -42,7 +42,7 @@ def parse_policy(text: str) -> tuple[str, int | None]:
 class PolicySettings:
     """The controller's constants. Steps are engine steps."""
 
-    margin: float = 0.02  # a change must promise this much more goodput
+    margin: float = 0.03  # a change must promise this much more goodput
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
     recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine
