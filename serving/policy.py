@@ -157,29 +157,31 @@ class Policy:
             self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
             if self._trial is not None:
                 return width
-            self._decide(batch, after_trial=True)
+            self._decide(batch, self._goodputs(batch), after_trial=True)
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
             return self._try(batch, unknown, f"timing K={unknown} at batch {bucket(batch)}")
+        goodputs = self._goodputs(batch)  # once a step: it takes longer than all else here
         if self._steps_since_change >= self.settings.dwell_steps:
-            self._decide(batch)
+            self._decide(batch, goodputs)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
             why = "probing whether speculation pays again"
-            return self._try(batch, self._width_of_probe(batch), why, self._steps_of_probe(batch), is_probe=True)
+            return self._try(batch, self._width_of_probe(goodputs), why, self._steps_of_probe(batch), is_probe=True)
         if self.chosen > 0:
-            return self._recheck(batch)
+            return self._recheck(batch, goodputs)
         return self.chosen
 
-    def _recheck(self, batch: int) -> int:
+    def _recheck(self, batch: int, goodputs: Sequence[float | None]) -> int:
         """The served K, or another that it is time to time again."""
         stale = [k for k in range(self.max_draft_tokens + 1) if self.times.moved(batch, k) > self.settings.max_moved]
         waited, width = self._steps_since_trial, self.chosen
-        if waited >= self._recheck_steps:  # only then: this runs in every step
-            width = self._next_width(batch)
-        if width != self.chosen and waited >= self._affordable_recheck(batch, width):
-            if self._hoped_for(batch, width) <= (self.goodput(batch, self.chosen) or 0.0):
+        hopes = self._hoped_for(batch, goodputs) if waited >= self._recheck_steps else {}
+        if hopes:
+            width = max(hopes, key=lambda k: hopes[k])
+        if width != self.chosen and waited >= self._affordable_recheck(goodputs[self.chosen], goodputs[width]):
+            if hopes[width] <= (goodputs[self.chosen] or 0.0):
                 self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
         elif stale and self._steps_since_trial >= self.settings.dwell_steps:
             width = max(stale, key=lambda k: self.times.moved(batch, k))
@@ -187,40 +189,30 @@ class Policy:
             return self.chosen
         return self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
 
-    def _width_of_probe(self, batch: int) -> int:
+    def _width_of_probe(self, goodputs: Sequence[float | None]) -> int:
         """The widest drafts, which tell most of acceptance, and in turn with them the K that looks best."""
         self._num_probes += 1
         if self._num_probes % 2:
             return self.max_draft_tokens
-        goodputs = self._goodputs(batch)
         return max(range(1, self.max_draft_tokens + 1), key=lambda k: goodputs[k] or 0.0)
 
-    def _affordable_recheck(self, batch: int, width: int) -> int:
-        """Steps of which a trial of this K costs ``recheck_share``, by what is known of it; at most the longest."""
-        now, then = self.goodput(batch, self.chosen), self.goodput(batch, width)
+    def _affordable_recheck(self, now: float | None, then: float | None) -> int:
+        """Steps of which a trial of a K costs ``recheck_share``, by what is known of both; at most the longest."""
         lost = 1 - then / now if now and then else 0.0  # of a step
         steps = math.ceil(self.settings.recheck_trial_steps * max(0.0, lost) / self.settings.recheck_share)
         return min(steps, self.settings.max_recheck_steps)
 
-    def goodput(self, batch: int, num_draft_tokens: int) -> float | None:
-        """Expected tokens per second of one sequence; None while the step time is unknown at every batch size."""
-        return self._goodputs(batch)[num_draft_tokens]
-
     def _goodputs(self, batch: int) -> list[float | None]:
-        """Of each K."""
+        """Expected tokens per second of one sequence for each K; None while a step's time is unknown everywhere."""
         size = self.times.nearest(batch, self.max_draft_tokens)
         seconds = self.times.estimates(size, self.max_draft_tokens)
         return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
 
-    def _next_width(self, batch: int) -> int:
-        """The K that is to be timed again: of those that are not served the one with most to hope for."""
-        others = [width for width in range(self.max_draft_tokens + 1) if width != self.chosen]
-        return max(others, key=lambda k: self._hoped_for(batch, k))
-
-    def _hoped_for(self, batch: int, num_draft_tokens: int) -> float:
-        """Its goodput, were it as fast as it may be by what is known of it."""
-        uncertainty = self.times.uncertainty(batch, num_draft_tokens, self.chosen)
-        return (self.goodput(batch, num_draft_tokens) or 0.0) * math.exp(self.settings.hope * uncertainty)
+    def _hoped_for(self, batch: int, goodputs: Sequence[float | None]) -> dict[int, float]:
+        """Each other K's goodput, were it as fast as it may be by what is known of it."""
+        others = {k: value or 0.0 for k, value in enumerate(goodputs) if k != self.chosen}
+        hope, uncertainty = self.settings.hope, self.times.uncertainty
+        return {k: value * math.exp(hope * uncertainty(batch, k, self.chosen)) for k, value in others.items()}
 
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
@@ -277,8 +269,8 @@ class Policy:
         self.reason = reason
         return width
 
-    def _decide(self, batch: int, after_trial: bool = False) -> None:
-        known = {k: value for k, value in enumerate(self._goodputs(batch)) if value is not None}
+    def _decide(self, batch: int, goodputs: Sequence[float | None], after_trial: bool = False) -> None:
+        known = {k: value for k, value in enumerate(goodputs) if value is not None}
         if not known:
             return
         before, now = self.chosen, known.get(self.chosen)
