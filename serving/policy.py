@@ -175,7 +175,6 @@ class Policy:
 
     def _recheck(self, batch: int, goodputs: Sequence[float | None]) -> int:
         """The served K, or another that it is time to time again."""
-        stale = [k for k in range(self.max_draft_tokens + 1) if self.times.moved(batch, k) > self.settings.max_moved]
         waited, width = self._steps_since_trial, self.chosen
         hopes = self._hoped_for(batch, goodputs) if waited >= self._recheck_steps else {}
         if hopes:
@@ -183,10 +182,13 @@ class Policy:
         if width != self.chosen and waited >= self._affordable_recheck(goodputs[self.chosen], goodputs[width]):
             if hopes[width] <= (goodputs[self.chosen] or 0.0):
                 self._recheck_steps = min(2 * self._recheck_steps, self.settings.max_recheck_steps)
-        elif stale and self._steps_since_trial >= self.settings.dwell_steps:
-            width = max(stale, key=lambda k: self.times.moved(batch, k))
         else:
-            return self.chosen
+            if waited < self.settings.dwell_steps:
+                return self.chosen
+            moved = [self.times.moved(batch, k) for k in range(self.max_draft_tokens + 1)]
+            if max(moved) <= self.settings.max_moved:
+                return self.chosen
+            width = moved.index(max(moved))
         return self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
 
     def _width_of_probe(self, goodputs: Sequence[float | None]) -> int:
