@@ -43,6 +43,7 @@ class PolicySettings:
     """The controller's constants. Steps are engine steps."""
 
     margin: float = 0.03  # a change must promise this much more goodput
+    look_steps: int = 4  # between two looks at what each K promises: they take longer than all else in a step
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
     recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine
@@ -162,7 +163,9 @@ class Policy:
         unknown = self._unknown(batch)
         if unknown is not None:
             return self._try(batch, unknown, f"timing K={unknown} at batch {bucket(batch)}")
-        goodputs = self._goodputs(batch)  # once a step: it takes longer than all else here
+        if self._num_steps % self.settings.look_steps:
+            return self.chosen
+        goodputs = self._goodputs(batch)
         if self._steps_since_change >= self.settings.dwell_steps:
             self._decide(batch, goodputs)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
