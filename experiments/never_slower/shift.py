@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.never_slower.slices import DEV_MODE, Request, SlicedArm, measure
-from experiments.never_slower.steady import ADAPTATION_SEC, SHIFT, WORK, requests_of, servers
+from experiments.never_slower.steady import ADAPTATION_SEC, SHIFT, WARM_UP_SEED, WORK, requests_of, servers
 from experiments.never_slower.verdict import best_table
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import Arm, open_arms
@@ -82,7 +82,7 @@ async def run_phases(started: dict[str, Arm]) -> dict[str, Any]:
         for phase, prompts in phases().items():
             watch.phase = phase
             requests = [Request(prompt, TOKENS) for prompt in prompts]
-            warm_up = requests_of(24, TOKENS, seed=1) if phase == "before" else []
+            warm_up = requests_of(24, TOKENS, WARM_UP_SEED) if phase == "before" else []
             with progress_bar(f"shift, {phase}", len(arms) * len(requests) * TOKENS) as advance:
                 work = await measure(arms, requests, warm_up, CONCURRENCY, 0.0, ADAPTATION_SEC, advance)
             found[phase] = {name: asdict(each) for name, each in work.items()}

@@ -2,7 +2,7 @@
 
 Each arm is a server of its own that answers the same requests (``slices.py``). Before each load every arm runs for five
 seconds that do not count: so long a policy may take to adapt. Servers that are started alike differ a little for as
-long as they run: ``--lives 2`` measures all loads a second time, with servers started anew.
+long as they run: ``--lives 2`` measures all loads a second time, with servers started anew and other tasks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SHIFT = WORK / "shift.json"
 LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many tasks, times --passes
 TEMPERATURES = (0.0, 0.6)
 ADAPTATION_SEC = 5.0
+WARM_UP_SEED = 1000  # of tasks that no load asks
 
 
 def servers(head: Path, random_head: Path, num_seqs: int) -> tuple[list[ArmSpec], RunConfig]:
@@ -97,6 +98,7 @@ class Load:
     passes: int = 1
     mean_tokens: int = 64  # of an answer
     has_seeds: bool = True  # each request its own
+    tasks: int = 0  # which ones
 
 
 def measure_loads(specs: Sequence[ArmSpec], config: RunConfig, folder: Path, loads: Mapping[Path, Load]) -> None:
@@ -117,8 +119,8 @@ def measure_started(arms: Started, loads: Mapping[Path, Load]) -> None:
 
 
 async def _measure(arms: Started, load: Load) -> dict[str, Any]:
-    requests = requests_of(load.passes * LOADS[load.concurrency], load.mean_tokens, 0, load.has_seeds)
-    warm_up = requests_of(64, load.mean_tokens, 1, load.has_seeds)
+    requests = requests_of(load.passes * LOADS[load.concurrency], load.mean_tokens, load.tasks, load.has_seeds)
+    warm_up = requests_of(64, load.mean_tokens, WARM_UP_SEED, load.has_seeds)
     sliced = [SlicedArm(arm) for arm in arms.values()]
     most = len(sliced) * sum(request.max_tokens for request in requests)
     with progress_bar(f"{load.concurrency} at a time, T = {load.temperature:g}", most) as advance:
@@ -148,6 +150,7 @@ def main() -> None:
                 temperature=temperature,
                 passes=options.passes,
                 mean_tokens=options.tokens,
+                tasks=life,
             )
             for temperature in TEMPERATURES
             for concurrency in LOADS
