@@ -1,9 +1,10 @@
 """Times of decode steps before the first request comes: the policy's trials, on tokens that nobody waits for.
 
-At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests and with
-every K, for the sizes that fit ``LONGEST_SEC``; others are tried when they first occur, by their plain and widest steps
-alone. What it learns of time stays, but for its level, which the first served steps set: made-up ones are 12 to 20 %
-shorter, those of all K alike. What was accepted says nothing, and is forgotten.
+At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests, for the
+sizes that fit ``LONGEST_SEC``; others are tried when they first occur, by their plain and widest steps alone. Every K
+takes its turn several times, so that a moment when the machine is slow meets all of them. What the policy learns of
+time stays, but for its level, which the first served steps set: made-up ones are shorter, those of all K much alike.
+What was accepted says nothing, and is forgotten.
 """
 
 from __future__ import annotations

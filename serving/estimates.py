@@ -15,7 +15,8 @@ LEAST_NOISE, NOISE_GAIN = 0.002, 0.02  # at least, and how fast it is learned
 DRIFT, OWN_DRIFT = 0.2, 3e-4  # variance that a step adds, in that of the noise: the machine's speed, and what a K takes
 MOST_DRIFT = 25.0  # of the machine's speed, after however many steps
 ODD = 3.0  # standard deviations by which a step is out of proportion
-LENT_DOUBT = 0.1  # standard deviation of how the K compare for a batch of another kind, or of made-up requests
+LENT_DOUBT = 0.04  # standard deviation of how the K compare for a batch of another kind, or of made-up requests,
+LENT_LEVEL = 0.5  # and of how long they all take
 UNKNOWN_UNCERTAINTY = 0.3  # of a K that was never timed with a batch of this kind
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
@@ -98,7 +99,6 @@ class _Size:
         self.state, self.covariance = [0.0], [[1.0]]
         self.num_steps: dict[int, int] = {}  # timed, by K
         self.slowness_at: dict[int, float] = {}  # K -> when it was timed last
-        self.lent: set[int] = set()  # K of which only a batch of another kind told
         self.last_step = 0  # of any size
 
     def begin(self, width: int, log_sec: float, covariances: Sequence[float], variance: float) -> None:
@@ -119,7 +119,6 @@ class _Size:
     def observe(self, width: int, log_sec: float, noise: float) -> float:
         """A step. Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most."""
         self.num_steps[width] = self.num_steps.get(width, 0) + 1
-        self.lent.discard(width)
         if width not in self.place:
             slowness = self.covariance[0]
             self.begin(width, log_sec - self.state[0], [-each for each in slowness], 1.0 + slowness[0])
@@ -143,6 +142,20 @@ class _Size:
         """What is known of this K may be wrong by so much."""
         i = self.place[width]
         self.covariance[i][i] += log_sec**2 / noise
+
+    def were_others(self, noise: float) -> None:
+        """What is known is of another kind of steps: the K compare much as they do there, the level may be another."""
+        self.covariance[0][0] += LENT_LEVEL**2 / noise
+        for width in self.place:
+            self.doubt(width, LENT_DOUBT, noise)
+
+    def lent(self, scale: float) -> _Size:
+        """A copy, for batches of another kind, whose noise has a variance ``scale`` times as small."""
+        size = _Size()
+        size.place, size.state, size.slowness_at = dict(self.place), list(self.state), dict(self.slowness_at)
+        size.covariance = [[scale * each for each in row] for row in self.covariance]
+        size.num_steps = dict.fromkeys(self.place, BORROWED)
+        return size
 
     def seconds(self) -> dict[int, float]:
         """Of each K, at the machine's present speed."""
@@ -196,29 +209,21 @@ class StepTimes:
         return 1 - growth * (1 - batch / size)
 
     def borrow(self, other: StepTimes, batch: int, max_draft_tokens: int) -> None:
-        """Start from what ``other`` knows of this batch size, if it knows plain and widest steps.
-
-        The K compare much as they do there; the level, which is the slowness here, may be another.
-        """
-        lender = other._sizes.get(bucket(batch))
-        if lender is None or not {0, max_draft_tokens} <= lender.place.keys():
+        """Start from what ``other`` knows of this batch size, if that is plain and widest steps and nothing is known
+        here."""
+        lender, mine = (times._sizes.get(bucket(batch)) for times in (other, self))
+        if mine is not None or lender is None or not {0, max_draft_tokens} <= lender.place.keys():
             return
-        mine = self._sizes.setdefault(bucket(batch), _Size())
-        if not mine.place:
-            mine.state[0], mine.covariance[0][0], mine.last_step = lender.state[0], MOST_DRIFT, self._num_steps
-        for width in lender.place.keys() - mine.place.keys():
-            i = lender.place[width]
-            mine.begin(width, lender.state[i], [0.0] * len(mine.state), lender.covariance[i][i])
-            mine.doubt(width, LENT_DOUBT, self._noise)
-            mine.num_steps[width] = BORROWED
-            mine.lent.add(width)
+        if not self._num_steps:
+            self._noise = other._noise
+        mine = self._sizes[bucket(batch)] = lender.lent(other._noise / self._noise)
+        mine.last_step = self._num_steps
+        mine.were_others(self._noise)
 
     def were_made_up(self) -> None:
         """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike."""
         for size in self._sizes.values():
-            size.covariance[0][0] += MOST_DRIFT
-            for width in size.place:
-                size.doubt(width, LENT_DOUBT, self._noise)
+            size.were_others(self._noise)
 
     def doubt(self, batch: int, num_draft_tokens: int) -> None:
         """What was measured of this K counts the less, the more the machine has changed since."""
@@ -236,7 +241,7 @@ class StepTimes:
     def uncertainty(self, batch: int, num_draft_tokens: int, than: int) -> float:
         """Standard deviation of the log of how much longer this K takes than another one."""
         size = self._sizes.get(bucket(batch))
-        if size is None or not {num_draft_tokens, than} <= size.place.keys() or num_draft_tokens in size.lent:
+        if size is None or not {num_draft_tokens, than} <= size.place.keys():
             return UNKNOWN_UNCERTAINTY
         i, j = size.place[num_draft_tokens], size.place[than]
         variance = size.covariance[i][i] + size.covariance[j][j] - 2 * size.covariance[i][j]

@@ -99,7 +99,6 @@ class Policy:
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
         self._num_timed = 0  # steps of the trial
-        self._is_calibration = False
         self._is_probe = False
         self._num_probes = 0
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
@@ -143,9 +142,9 @@ class Policy:
     def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
         """K for the next step at this batch size; called once a step.
 
-        ``is_calibration``: nobody waits for this batch, so each K that is unknown is timed, and none is given up early.
+        ``is_calibration``: nobody waits for this batch, so every K is timed, in turn.
         """
-        self.times, self._is_calibration = self._times[sampled], is_calibration
+        self.times = self._times[sampled]
         if self.mode == OFF:
             return 0
         if self.mode == FIXED:
@@ -153,6 +152,9 @@ class Policy:
         self._num_steps += 1
         self._steps_since_change += 1
         self._steps_since_trial += 1
+        if is_calibration:
+            turn = self._num_steps // self.settings.trial_steps
+            return self.max_draft_tokens - turn % (1 + self.max_draft_tokens)
         if self._trial is not None:
             width, left = self._trial
             self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
@@ -225,7 +227,7 @@ class Policy:
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
             return False
-        if not self._num_timed or self._is_calibration:  # its time may be what was wrong
+        if not self._num_timed:  # its time may be what was wrong
             return False
         doubt = self.settings.benefit_of_doubt
         goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
@@ -252,8 +254,7 @@ class Policy:
         known of the other kind. Where no step is of use (one that also reads a prompt is not) trials come further and
         further apart.
         """
-        between = range(1, self.max_draft_tokens) if self._is_calibration else ()
-        for width in (self.max_draft_tokens, 0, *between):
+        for width in (self.max_draft_tokens, 0):
             if self.times.num_observed(batch, width) < 2:
                 self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
             if self.times.num_observed(batch, width) >= 2:

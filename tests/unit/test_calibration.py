@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from argparse import Namespace
 from typing import Any
@@ -81,6 +82,17 @@ def test_every_width_is_timed_on_a_made_up_batch_alone(name, timed):
         if verified == width:
             control.policy.observe_step(1, width, 0.02 + 0.01 * width)
     assert [k for k in range(4) if times.num_observed(1, k) >= 2] == timed
+
+
+def test_a_made_up_batch_times_every_width_in_turn_whatever_is_accepted():
+    policy = Policy(3)
+    widths = []
+    for _ in range(96):
+        widths.append(policy.choose(4, is_calibration=True))
+        policy.observe_draft(3, 0, 4)
+    blocks = [width for width, _ in itertools.groupby(widths)]
+    assert {width: widths.count(width) for width in range(4)} == dict.fromkeys(range(4), 24)
+    assert min(blocks.count(width) for width in range(4)) >= 4, "what slows the machine for a while meets all of them"
 
 
 def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():

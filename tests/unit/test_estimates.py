@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.estimates import DRAFTING, UNKNOWN_UNCERTAINTY, AcceptanceModel, StepTimes, bucket
+from serving.estimates import DRAFTING, LENT_DOUBT, UNKNOWN_UNCERTAINTY, AcceptanceModel, StepTimes, bucket
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
@@ -91,22 +91,27 @@ def test_a_width_is_known_the_better_the_more_it_was_timed_and_the_worse_the_lon
     assert times.uncertainty(8, 3, 0) == UNKNOWN_UNCERTAINTY
 
 
-def test_what_is_borrowed_moves_with_the_level_and_is_uncertain_until_it_has_steps_of_its_own():
+def test_what_is_borrowed_moves_with_the_level_and_is_the_less_certain_until_it_has_steps_of_its_own():
     greedy, sampled = StepTimes(), StepTimes()
-    for width, seconds in enumerate([0.02, 0.03, 0.04, 0.05]):
-        for batch, factor in ((8, 1), (16, 2)):
-            greedy.observe(batch, width, factor * seconds)
+    assert sampled.uncertainty(8, 3, 0) == UNKNOWN_UNCERTAINTY
+    for _ in range(40):
+        for width, seconds in enumerate([0.02, 0.03, 0.04, 0.05]):
+            for batch, factor in ((8, 1), (16, 2)):
+                greedy.observe(batch, width, factor * seconds)
     for batch in (8, 16):
         sampled.borrow(greedy, batch, 3)
-    assert sampled.estimates(8, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05])
-    assert sampled.uncertainty(8, 3, 0) == UNKNOWN_UNCERTAINTY
+    assert sampled.estimates(8, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05], rel=0.01)
+    borrowed = sampled.uncertainty(8, 3, 0)
+    assert greedy.uncertainty(8, 3, 0) < LENT_DOUBT < borrowed < 2 * LENT_DOUBT
     for _ in range(4):
         sampled.observe(8, 3, 0.06)
     assert sampled.estimates(8, 3) == pytest.approx([0.024, 0.036, 0.048, 0.06], rel=0.05)
-    assert sampled.estimates(16, 3) == pytest.approx([0.04, 0.06, 0.08, 0.1])
-    assert sampled.uncertainty(8, 3, 0) < UNKNOWN_UNCERTAINTY == sampled.uncertainty(8, 0, 3)
-    for _ in range(4):
+    assert sampled.estimates(16, 3) == pytest.approx([0.04, 0.06, 0.08, 0.1], rel=0.01)
+    for _ in range(40):
         sampled.observe(8, 0, 0.022)
+    for _ in range(40):
+        sampled.observe(8, 3, 0.06)
+    assert sampled.uncertainty(8, 3, 0) < borrowed
     plain, *_, widest = sampled.estimates(8, 3)
     assert widest / plain == pytest.approx(0.06 / 0.022, rel=0.03), "its own figures win over borrowed ones"
 
