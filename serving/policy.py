@@ -46,10 +46,12 @@ class PolicySettings:
     look_steps: int = 4  # between two looks at what each K promises: they take longer than all else in a step
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
-    recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine
+    recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine;
+    trial_times: int = 2  # but until so many steps were timed, for up to trial_steps more
     probe_drafts: int = 12  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
     probe_share: float = 0.005  # of the time, that probes which don't pay may cost
+    probes_of_all: int = 4  # one of so many drafts all tokens, the others a single one
     min_probe_steps: int = 64  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
     min_recheck_steps: int = 16  # while speculating, from a change to the next time that another K is timed: at least,
@@ -68,7 +70,7 @@ class PolicySettings:
 # An engine that schedules a step while the one before it runs books two in one go when it is late: of single steps some
 # look several times as fast as any is. Where engines do so, on a GPU, steps are short, so trials may have more of them.
 ASYNCHRONOUS = PolicySettings(
-    steps_per_time=8, lag_steps=1, dwell_steps=48, trial_steps=20, recheck_trial_steps=12,
+    steps_per_time=8, lag_steps=1, dwell_steps=48, trial_steps=20, recheck_trial_steps=12, trial_times=1,
     min_probe_steps=256, max_probe_steps=16_384, min_recheck_steps=128, max_recheck_steps=1024,
 )  # fmt: skip
 
@@ -99,8 +101,10 @@ class Policy:
         self._steps_since_trial = self._drafts_since_trial = 0
         self._trial = None
         self._num_timed = 0  # steps of the trial
-        self._is_probe = False
+        self._probed: int | None = None  # K, of a trial that is a probe
         self._num_probes = 0
+        self._patience = 0  # steps that a trial may wait for times,
+        self._has_times = False  # if there were any since the trial before it
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
         self._untimed: dict[tuple[bool, int, int], tuple[int, int]] = {}  # next trial's step and interval, see _unknown
@@ -136,6 +140,7 @@ class Policy:
 
         ``sampled``: some of them are not greedy.
         """
+        self._has_times = True
         self._num_timed += self._trial is not None and self._trial[0] == num_draft_tokens
         self._times[sampled].observe(batch, num_draft_tokens, seconds)
 
@@ -157,10 +162,12 @@ class Policy:
             return self.max_draft_tokens - turn % (1 + self.max_draft_tokens)
         if self._trial is not None:
             width, left = self._trial
-            self._trial = (width, left - 1) if left > 1 and not self._is_hopeless(batch, width) else None
+            self._trial = None if self._is_over(left) or self._is_hopeless(batch, width) else (width, left - 1)
             if self._trial is not None:
                 return width
             self._decide(batch, self._goodputs(batch), after_trial=True)
+            if self._probed == 1 and self.chosen:
+                return self._time_again(batch, self.max_draft_tokens)
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
@@ -172,8 +179,10 @@ class Policy:
             self._decide(batch, goodputs)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
-            why = "probing whether speculation pays again"
-            return self._try(batch, self._width_of_probe(goodputs), why, self._steps_of_probe(batch), is_probe=True)
+            why, width = "probing whether speculation pays again", self._width_of_probe()
+            self._try(batch, width, why, self._steps_of_probe(batch))
+            self._probed = width
+            return width
         if self.chosen > 0:
             return self._recheck(batch, goodputs)
         return self.chosen
@@ -194,14 +203,18 @@ class Policy:
             if max(moved) <= self.settings.max_moved:
                 return self.chosen
             width = moved.index(max(moved))
-        return self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
+        return self._time_again(batch, width)
 
-    def _width_of_probe(self, goodputs: Sequence[float | None]) -> int:
-        """The widest drafts, which tell most of acceptance, and in turn with them the K that looks best."""
+    def _time_again(self, batch: int, width: int) -> int:
+        patience = self.settings.trial_steps if self._has_times else 0
+        self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
+        self._patience = patience
+        return width
+
+    def _width_of_probe(self) -> int:
+        """One token, which is cheap and tells whether drafts are accepted at all; at times the widest, for the rest."""
         self._num_probes += 1
-        if self._num_probes % 2:
-            return self.max_draft_tokens
-        return max(range(1, self.max_draft_tokens + 1), key=lambda k: goodputs[k] or 0.0)
+        return 1 if self._num_probes % self.settings.probes_of_all else self.max_draft_tokens
 
     def _affordable_recheck(self, now: float | None, then: float | None) -> int:
         """Steps of which a trial of a K costs ``recheck_share``, by what is known of both; at most the longest."""
@@ -221,6 +234,10 @@ class Policy:
         hope, uncertainty = self.settings.hope, self.times.uncertainty
         return {k: value * math.exp(hope * uncertainty(batch, k, self.chosen)) for k, value in others.items()}
 
+    def _is_over(self, left: int) -> bool:
+        """Whether a trial with so many steps left has told enough. Steps that also read a prompt tell no time."""
+        return left <= 1 and (self._num_timed >= self.settings.trial_times or left <= 1 - self._patience)
+
     def _is_hopeless(self, batch: int, width: int) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
         times = self.times.estimates(batch, width)
@@ -237,13 +254,13 @@ class Policy:
         """The first only drafts."""
         return 1 + self.settings.lag_steps + math.ceil(self.settings.probe_drafts / batch)
 
-    def _steps_between_probes(self, batch: int, num_steps: int) -> int:
+    def _steps_between_probes(self, batch: int, width: int, num_steps: int) -> int:
         """Plain steps of which a probe of ``num_steps`` costs ``probe_share``."""
         size = self.times.nearest(batch, self.max_draft_tokens)
-        plain, drafting = self.times.estimate(size, 0), self.times.estimate(size, self.max_draft_tokens)
+        plain, drafting = self.times.estimate(size, 0), self.times.estimate(size, width)
         if plain is None or drafting is None:
             return self.settings.max_probe_steps
-        lost = drafting / plain - self.acceptance.expected_tokens(self.max_draft_tokens)  # of a step
+        lost = drafting / plain - self.acceptance.expected_tokens(width)  # of a step
         steps = math.ceil(num_steps * lost / self.settings.probe_share)
         return min(max(steps, self.settings.min_probe_steps), self.settings.max_probe_steps)
 
@@ -267,10 +284,11 @@ class Policy:
                 return width
         return None
 
-    def _try(self, batch: int, width: int, reason: str, steps: int | None = None, is_probe: bool = False) -> int:
+    def _try(self, batch: int, width: int, reason: str, steps: int | None = None) -> int:
         if self.times.moved(batch, width) > self.settings.max_moved:
             self.times.doubt(batch, width)
-        self._trial, self._is_probe = (width, steps or self.settings.trial_steps), is_probe
+        self._trial, self._probed = (width, steps or self.settings.trial_steps), None
+        self._patience, self._has_times = 0, False
         self._steps_since_trial = self._drafts_since_trial = self._num_timed = 0
         self.reason = reason
         return width
@@ -286,8 +304,8 @@ class Policy:
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
             self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
-        elif after_trial and self._is_probe:
-            affordable = self._steps_between_probes(batch, self._steps_since_trial)
+        elif after_trial and self._probed is not None:
+            affordable = self._steps_between_probes(batch, self._probed, self._steps_since_trial)
             self._probe_steps = min(2 * self._probe_steps, affordable)
         others = {k: value for k, value in known.items() if k != before}
         other = before if is_better else max(others, key=lambda k: others[k], default=None)

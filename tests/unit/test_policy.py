@@ -361,6 +361,42 @@ def test_where_no_step_can_be_timed_trials_become_rare():
     assert max(len(list(group)) for width, group in groupby(widths) if width == 0) <= 6
 
 
+def test_where_few_steps_can_be_timed_a_trial_waits_for_them():
+    """As at many requests at a time, of which one or another is always new."""
+    policy, rng, verified = Policy(K, GOOD), random.Random(0), 0
+    trials: list[list[bool]] = []  # of each: whether its steps were timed
+    was_served = True
+    for _ in range(4000):
+        width = policy.choose(8)
+        is_timed = verified == width and rng.random() < 0.3
+        if verified:
+            policy.observe_draft(verified, min(verified, 2), 8)
+        if is_timed:
+            policy.observe_step(8, width, step_sec(8, width) * rng.gauss(1, 0.05))
+        if policy.reason.endswith("again") and width != policy.width:
+            trials += [[]] if was_served else []
+            trials[-1].append(is_timed)
+        was_served, verified = width == policy.width, width
+    assert len(trials) > 15
+    assert all(sum(trial) == 2 or len(trial) >= 8 for trial in trials[:-1])
+    assert statistics.mean(sum(trial) for trial in trials) > 1.5
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_most_probes_draft_one_token_and_so_speculation_is_soon_back(batch):
+    policy = Policy(K, GOOD)
+    engine = Engine(policy, cost=lambda batch, width: 0.04 * (1 + 0.18 * width)).run(600, batch, BAD)
+    assert policy.chosen == 0
+    engine.widths.clear()
+    engine.run(1500, batch, BAD)
+    probes = [width for width, _ in groupby(engine.widths) if width]
+    assert 2 * probes.count(K) < probes.count(1) and probes.count(K) > 0
+    assert engine.widths.count(0) > 0.94 * len(engine.widths)
+    engine.widths.clear()
+    engine.run(300, batch, GOOD)
+    assert engine.widths[-100:].count(0) < 10, policy.reason
+
+
 def test_a_batch_size_that_cannot_be_timed_is_judged_by_the_nearest_that_was():
     engine = Engine(Policy(K, GOOD), cost=lambda batch, width: 0.02 * (1 + width)).run(600, 4, BAD)
     policy = engine.policy
