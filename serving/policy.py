@@ -166,7 +166,7 @@ class Policy:
             if self._trial is not None:
                 return width
             self._decide(batch, self._goodputs(batch), after_trial=True)
-            if self._probed == 1 and self.chosen:
+            if self._probed == 1 < self.max_draft_tokens and self.chosen:
                 return self._time_again(batch, self.max_draft_tokens)
             return self.chosen
         unknown = self._unknown(batch)
@@ -206,6 +206,7 @@ class Policy:
         return self._time_again(batch, width)
 
     def _time_again(self, batch: int, width: int) -> int:
+        """A short trial of a K that is known; it waits for times, unless none came since the last trial."""
         patience = self.settings.trial_steps if self._has_times else 0
         self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
         self._patience = patience
