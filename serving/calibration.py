@@ -1,10 +1,11 @@
 """Times of decode steps before the first request comes: the policy's trials, on tokens that nobody waits for.
 
-At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests, for the
-sizes that fit ``LONGEST_SEC``; others are tried when they first occur, by their plain and widest steps alone. Every K
-takes its turn several times, so that a moment when the machine is slow meets all of them. What the policy learns of
-time stays, but for its level, which the first served steps set: made-up ones are shorter, those of all K much alike.
-What was accepted says nothing, and is forgotten.
+At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests: some
+rounds over all sizes, each with a turn of every K, so that a moment when the machine is slow meets no K alone, and a
+machine on which ``LONGEST_SEC`` are too short for all rounds has timed most sizes in the first. Others are tried when
+they first occur, by their plain and widest steps alone. What the policy learns of time stays, but for its level, which
+the first served steps set: made-up ones are shorter, those of all K much alike. What was accepted says nothing, and is
+forgotten.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from serving.policy import ASYNCHRONOUS, AUTO, PolicySettings
 logger = logging.getLogger("vllm.specdec")
 
 LONGEST_SEC = 20.0
+ROUNDS = 3
 PROMPT_IDS = [1, 2, 3, 4, 5, 6, 7, 8]  # of any vocabulary
 
 
@@ -38,29 +40,30 @@ async def calibrate(engine_client: Any, status: EngineStatus) -> None:
 
 
 async def _run_sizes(engine_client: Any) -> int:
+    """Returns how many batch sizes were timed."""
     from vllm import SamplingParams
 
     config = engine_client.vllm_config
-    most, num_tokens = config.scheduler_config.max_num_seqs, _tokens_of_trials(config)
+    most, num_tokens = config.scheduler_config.max_num_seqs, _tokens_of_turns(config)
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     sizes = [2**i for i in range(most.bit_length()) if 2**i <= most]
     done = 0
     try:
         async with asyncio.timeout(LONGEST_SEC):
-            for size in sizes:
-                await asyncio.gather(*(_run(engine_client, sampling, f"{CALIBRATION}-{size}-{i}") for i in range(size)))
-                done += 1
+            for turn in range(ROUNDS * len(sizes)):
+                size = sizes[turn % len(sizes)]
+                await asyncio.gather(*(_run(engine_client, sampling, f"{CALIBRATION}-{turn}-{i}") for i in range(size)))
+                done = turn + 1
     except TimeoutError:
-        logger.info("specdec: larger batches than %d are timed as they come", sizes[max(0, done - 1)])
-    return done
+        logger.info("specdec: %.0f s are over after %.1f rounds of batch sizes", LONGEST_SEC, done / len(sizes))
+    return min(done, len(sizes))
 
 
-def _tokens_of_trials(config: Any) -> int:
-    """Of an answer: room for a trial of each K, all drafts accepted, and a step after it."""
+def _tokens_of_turns(config: Any) -> int:
+    """Of an answer: a step more than every K's turn, for no draft of what is made up is accepted, or few are."""
     steps = (ASYNCHRONOUS if config.scheduler_config.async_scheduling else PolicySettings()).trial_steps
     most = config.model_config.max_model_len - len(PROMPT_IDS)
-    tokens_of_all = sum(range(1, config.num_speculative_tokens + 2))
-    return min((steps + 2) * tokens_of_all, most)
+    return min((steps + 1) * (config.num_speculative_tokens + 1), most)
 
 
 async def _run(engine_client: Any, sampling: Any, request_id: str) -> None:

@@ -48,11 +48,11 @@ class PolicySettings:
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
     recheck_trial_steps: int = 3  # of one that is known: often and short, for six in a row meet one moment's machine;
     trial_times: int = 2  # but until so many steps were timed, for up to trial_steps more
-    probe_drafts: int = 12  # of a probe, from all sequences of the batch together
+    probe_drafts: int = 6  # of a probe, from all sequences of the batch together
     probe_memory: float = 4.0  # drafts that the past counts for in a probe
     probe_share: float = 0.005  # of the time, that probes which don't pay may cost
-    probes_of_all: int = 4  # one of so many drafts all tokens, the others a single one
-    min_probe_steps: int = 64  # from a change to plain decode, or a probe, to the next probe: at least,
+    probes_of_all: int = 8  # one of so many drafts all tokens, the others a single one
+    min_probe_steps: int = 32  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
     min_recheck_steps: int = 16  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 256  # and at most
