@@ -33,7 +33,7 @@ from specdec.record import provenance, write_json_atomic
 Started = dict[str, Arm]  # servers that answer, by name
 WORK = Path("runs/never_slower")
 SHIFT = WORK / "shift.json"
-LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 96}  # requests at a time, and how many tasks, times --passes
+LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 160}  # requests at a time, and how many tasks, times --passes
 TEMPERATURES = (0.0, 0.6)
 ADAPTATION_SEC = 5.0
 WARM_UP_SEED = 1000  # of tasks that no load asks
