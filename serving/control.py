@@ -7,10 +7,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from serving.estimates import bucket
 from serving.head_watch import WINDOW, HeadWatch
+from serving.kept_times import KeptTimes
 from serving.monitor import Draft, DraftRates, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
 from serving.traffic import TrafficLog
@@ -55,10 +57,12 @@ class Control:
         spans: SpanTracker | None = None,
         trained_rates: Iterable[float] = (),
         traffic: TrafficLog | None = None,
+        times_path: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy, self.monitor, self.spans, self.clock = policy, monitor, spans or SpanTracker(), clock
         self.trained_rates, self.traffic = list(trained_rates), traffic
+        self.kept_times = KeptTimes(policy, Path(times_path)) if policy is not None and times_path else None
         self.started_sec = clock()
         self.overhead_sec = 0.0  # of the hooks
         self.failures = 0
@@ -181,6 +185,8 @@ class Control:
             self._lately.record(draft.num_drafted, draft.num_accepted, count)
         self._drafts.clear()
         self._recorded_sec = self.clock()
+        if self.kept_times is not None:
+            self.kept_times.save(self._now())
 
     def _time(self, step: Step, seconds: float) -> None:
         """Tell the policy how long such a step takes, once ``steps_per_time`` of its kind have ended.
@@ -227,6 +233,8 @@ class Control:
         self.start_over(self.trained_rates, DraftRates(width, WINDOW))
         if self.policy is not None:
             self.policy.calibrated()
+        if self.kept_times is not None:
+            self.kept_times.write()
 
     def failed(self, what: str) -> None:
         """A hook raised; nobody asks any more."""
@@ -262,6 +270,7 @@ class Control:
             "policy": self._policy_text() if policy is not None and not safe_reason else None,
             "num_speculative_tokens": self._max_width() if safe_reason else self._width(),
             "max_speculative_tokens": self._max_width(),
+            "timed_batch_sizes": policy.timed_batch_sizes if policy is not None else [],
             "trained": {
                 "acceptance_length": self.monitor.drift.trained_length if self.trained_rates else None,
                 "conditional_rates": self.trained_rates,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
@@ -157,6 +158,25 @@ class _Size:
         size.num_steps = dict.fromkeys(self.place, BORROWED)
         return size
 
+    def as_json(self) -> dict[str, Any]:
+        return {"widths": list(self.place), "state": self.state, "covariance": self.covariance,
+                "num_steps": [self.num_steps[width] for width in self.place]}  # fmt: skip
+
+    @classmethod
+    def of_json(cls, tree: Mapping[str, Any]) -> _Size:
+        """Raises ValueError, KeyError or TypeError where that is none."""
+        size = cls()
+        widths, state = [int(width) for width in tree["widths"]], [float(each) for each in tree["state"]]
+        covariance = [[float(each) for each in row] for row in tree["covariance"]]
+        lengths = {len(widths) + 1, len(state), len(covariance), *map(len, covariance)}
+        if len(lengths) > 1 or not all(map(math.isfinite, chain(state, *covariance))):
+            raise ValueError("its figures do not fit together")
+        size.place = {width: i + 1 for i, width in enumerate(widths)}
+        size.state, size.covariance = state, covariance
+        size.slowness_at = dict.fromkeys(widths, state[0])
+        size.num_steps = {width: int(count) for width, count in zip(widths, tree["num_steps"], strict=True)}
+        return size
+
     def seconds(self) -> dict[int, float]:
         """Of each K, at the machine's present speed."""
         return {width: math.exp(self.state[0] + self.state[i]) for width, i in self.place.items()}
@@ -220,10 +240,30 @@ class StepTimes:
         mine.last_step = self._num_steps
         mine.were_others(self._noise)
 
-    def were_made_up(self) -> None:
-        """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike."""
+    def were_others(self) -> None:
+        """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike, or were
+        those of another server."""
         for size in self._sizes.values():
             size.were_others(self._noise)
+
+    def as_json(self) -> dict[str, Any]:
+        """All that is known, for ``restore``."""
+        sizes = {str(batch): size.as_json() for batch, size in self._sizes.items()}
+        return {"noise": self._noise, "sizes": sizes}
+
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Start from what another server knew of such steps.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: this is no ``as_json``. Nothing is changed.
+        """
+        sizes = {int(batch): _Size.of_json(each) for batch, each in tree["sizes"].items()}
+        self._noise, self._sizes = max(LEAST_NOISE**2, float(tree["noise"])), sizes
+        self.were_others()
+
+    def timed_sizes(self, max_draft_tokens: int) -> set[int]:
+        """Batch sizes whose plain and widest steps are known."""
+        return {size for size, each in self._sizes.items() if {0, max_draft_tokens} <= each.place.keys()}
 
     def doubt(self, batch: int, num_draft_tokens: int) -> None:
         """What was measured of this K counts the less, the more the machine has changed since."""
@@ -255,7 +295,7 @@ class StepTimes:
     def nearest(self, batch: int, max_draft_tokens: int) -> int:
         """The batch size closest to ``batch`` whose plain and widest steps were timed; ``batch`` where its own were, or
         none."""
-        sizes = [size for size, each in self._sizes.items() if {0, max_draft_tokens} <= each.place.keys()]
+        sizes = self.timed_sizes(max_draft_tokens)
         if bucket(batch) in sizes:
             return batch
         return min(sizes, key=lambda size: abs(math.log2(size / bucket(batch))), default=batch)

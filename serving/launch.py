@@ -14,6 +14,7 @@ from typing import Any
 from serving.access import key_environment, open_server_warning
 from serving.flags import ServerFlags
 from serving.graphs import with_every_width
+from serving.kept_times import times_path
 from serving.policy import AUTO, STATIC, parse_policy
 from serving.presets import preset_flags, quantized_cache_warning
 from serving.scheduler import POLICY_VARIABLE
@@ -115,7 +116,8 @@ def plan_server(
             speculative = with_every_width(speculative, user.get_int("--max-num-seqs") or serve.max_num_seqs)
         flags.add("--speculative-config", json.dumps(speculative))
         flags.add("--per-request-spec-decode-metrics", "summary")  # what `specdec chat` shows below an answer
-    env |= _add_policy(flags, policy, serve, manifest, target)
+    shape = [str(target.path), dtype, json.dumps(speculative), str(serve.enforce_eager), repr(device), *extra_args]
+    env |= _add_policy(flags, policy, serve, manifest, target, times_path(*shape, *map(str, sorted(env.items()))))
     return ServerPlan(
         argv=[sys.executable, "-m", ENTRY_MODULE, *flags.argv, *extra_args],
         env=env,
@@ -257,7 +259,7 @@ def _policy(serve: ServeConfig, speculative: dict[str, Any] | None, device: Devi
 
 
 def _add_policy(
-    flags: _Flags, policy: str, serve: ServeConfig, manifest: HeadManifest | None, target: Target
+    flags: _Flags, policy: str, serve: ServeConfig, manifest: HeadManifest | None, target: Target, times: Path
 ) -> dict[str, str]:
     """The scheduler that asks the policy for K and counts what happens, and what both start from."""
     if policy == STATIC:
@@ -271,6 +273,7 @@ def _add_policy(
         "think_start": _token_ids(target, "<think>"),
         "think_end": _token_ids(target, "</think>"),
         "traffic": _traffic(serve, target),
+        "times": str(times),
     }
     return {POLICY_VARIABLE: json.dumps(start)}
 

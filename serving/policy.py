@@ -15,8 +15,9 @@ next to nothing. Pure Python; knows no server.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from serving.estimates import AcceptanceModel, StepTimes, bucket
 
@@ -112,7 +113,24 @@ class Policy:
     def calibrated(self) -> None:
         """All steps so far were made up: of their times the shares count, not the level."""
         for times in self._times.values():
-            times.were_made_up()
+            times.were_others()
+
+    def times_as_json(self) -> dict[str, Any]:
+        """What is known of step times, for ``restore_times``."""
+        return {"greedy": self._times[False].as_json(), "sampled": self._times[True].as_json()}
+
+    def restore_times(self, tree: Mapping[str, Any]) -> None:
+        """Go on from what a server like this one knew; errors as of ``StepTimes.restore``."""
+        greedy, sampled = StepTimes(), StepTimes()
+        greedy.restore(tree["greedy"])
+        sampled.restore(tree["sampled"])
+        self._times = {False: greedy, True: sampled}
+        self.times = greedy
+
+    @property
+    def timed_batch_sizes(self) -> list[int]:
+        """Powers of two."""
+        return sorted(set().union(*(times.timed_sizes(self.max_draft_tokens) for times in self._times.values())))
 
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.

@@ -197,4 +197,4 @@ def _control(num_spec_tokens: int, is_async: bool) -> Control:
     spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())
     keep = settings.get("traffic")
     traffic = TrafficLog(Path(keep["directory"]), keep["share"], keep["max_bytes"]) if keep else None
-    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates, traffic)
+    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates, traffic, settings.get("times"))

@@ -24,6 +24,7 @@ def make_status(**changes: Any) -> dict[str, Any]:
         "policy": "auto",
         "num_speculative_tokens": 3,
         "max_speculative_tokens": 4,
+        "timed_batch_sizes": [],
         "acceptance_length": 2.31,
         "per_position_rates": [0.68, 0.42, 0.24, 0.11],
         "conditional_rates": [0.68, 0.62, 0.57, 0.46],

@@ -1,4 +1,4 @@
-"""At start-up every batch size runs once, nothing of it counts, and no trouble keeps a server from starting."""
+"""At start-up every batch size runs some times, nothing of it counts, and no trouble keeps a server from starting."""
 
 from __future__ import annotations
 
@@ -24,30 +24,38 @@ def run(client: FakeEngineClient) -> list[str]:
     return [command["command"] for command in client.commands]
 
 
-def test_each_batch_size_runs_as_one_batch():
+def test_in_each_round_every_batch_size_runs_as_one_batch():
     client = FakeEngineClient(make_status())
     assert run(client) == ["status", "calibrated"]
-    assert [beside for _, beside in client.generated] == [1] + [2] * 2 + [4] * 4
+    assert [beside for _, beside in client.generated] == ([1] + [2] * 2 + [4] * 4) * calibration.ROUNDS
     names = [name for name, _ in client.generated]
-    assert len(set(names)) == 7 and all(name.startswith(CALIBRATION) for name in names)
+    assert len(set(names)) == 7 * calibration.ROUNDS and all(name.startswith(CALIBRATION) for name in names)
+
+
+def test_what_a_server_before_it_timed_is_not_timed_again():
+    client = FakeEngineClient(make_status(timed_batch_sizes=[1, 4, 8]))
+    assert run(client) == ["status", "calibrated"]
+    assert [beside for _, beside in client.generated] == [2] * 2 * calibration.ROUNDS
+    client = FakeEngineClient(make_status(timed_batch_sizes=[1, 2, 4]))
+    assert run(client) == ["status"] and client.generated == []
 
 
 @pytest.mark.parametrize(("is_async", "num_drafted"), [(False, 3), (False, 7), (True, 3)])
 def test_an_answer_has_room_for_all_trials(is_async: bool, num_drafted: int):
-    """All drafts are accepted, and only steps that verify the K that they draft are timed."""
+    """No draft of what is made up is accepted, and only steps that verify the K that they draft are timed."""
     config = FakeEngineClient(make_status()).vllm_config
     config.scheduler_config.async_scheduling, config.num_speculative_tokens = is_async, num_drafted
     policy = Policy(num_drafted, settings=ASYNCHRONOUS if is_async else None)
     width = num_tokens = num_steady = 0
     while num_tokens < 10_000 and min(policy.times.num_observed(1, k) for k in range(num_drafted + 1)) < 2:
         verified, width = width, policy.choose(1, is_calibration=True)
-        num_tokens += 1 + verified
+        num_tokens += 1
         num_steady = num_steady + 1 if verified == width else 0
         if num_steady and num_steady % policy.settings.steps_per_time == 0:
             policy.observe_step(1, width, 0.02)
-    assert num_tokens <= calibration._tokens_of_trials(config)
+    assert num_tokens <= calibration._tokens_of_turns(config)
     config.model_config.max_model_len = 20
-    assert calibration._tokens_of_trials(config) == 20 - len(calibration.PROMPT_IDS)
+    assert calibration._tokens_of_turns(config) == 20 - len(calibration.PROMPT_IDS)
 
 
 @pytest.mark.parametrize("status", [make_status(policy="off"), make_status(policy="fixed:2"), plain_status()])

@@ -122,7 +122,7 @@ def test_the_level_of_made_up_steps_is_that_of_the_first_served_ones():
         for batch in (8, 16):
             for _ in range(6):
                 times.observe(batch, width, seconds)
-    times.were_made_up()
+    times.were_others()
     assert times.estimates(8, 3) == pytest.approx([0.02, 0.03, 0.04, 0.05])
     for _ in range(2):
         times.observe(8, 3, 0.06)
