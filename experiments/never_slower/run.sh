@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
 # (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back. The servers share
-# the machine in short slices, so that what else happens on it meets all of them alike. About 80 minutes on 2 cores and 20 GB of
-# memory, and 65 for each further life of the servers; an interrupted run goes on, more lives add to one that is finished,
-# and `rm -r runs/never_slower` starts anew. Scaled down from a real study in tokens a request, requests (PASSES times as many), lives.
+# the machine in short slices, so that what else happens on it meets all of them alike. About 85 minutes on 2 cores and
+# 20 GB of memory, and 70 for each further life of the servers, which starts from the step times that the one before it
+# learned; an interrupted run goes on, more lives add to one that is finished, and
+# `rm -r runs/never_slower ~/.cache/specdec/step_times` starts anew, as on a machine that knows nothing of the head.
+# Scaled down from a real study in tokens a request, requests (PASSES times as many), lives.
 #   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS [LIVES]]]]   (default: the demo's head, 2, 64, 1)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
