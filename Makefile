@@ -15,8 +15,9 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCK := requirements-cpu.lock
-# The fast tests side by side, each module on one core; a server takes all of them, so its tests run alone.
-ON_EACH_CORE := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile
+# Modules side by side, each on cores of its own: the fast tests on one core each, those that start servers, which need
+# memory, on a half of them. A server's start is mostly imports, and those use one core.
+SIDE_BY_SIDE := .venv/bin/python -m pytest --dist loadfile --numprocesses
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --no-deps
 
 # Stamps hold what was installed, and where: comparing contents catches what file times miss (a changed branch, a
@@ -39,10 +40,10 @@ demo: .venv/.installed
 	@.venv/bin/specdec demo
 
 test: lint test-fast
-	@.venv/bin/python -m pytest -m vllm
+	@$(SIDE_BY_SIDE) 2 -m vllm
 
 test-fast: .venv/.installed
-	@$(ON_EACH_CORE) -m "not vllm"
+	@OMP_NUM_THREADS=1 $(SIDE_BY_SIDE) auto -m "not vllm"
 
 lint: .venv/.installed
 	@.venv/bin/ruff check .

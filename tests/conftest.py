@@ -25,7 +25,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def share_cores() -> None:
+    """Of tests that run side by side each keeps to cores of its own, and so do the servers that it starts."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % count :: count] or cores)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    share_cores()
     config.addinivalue_line("markers", "data: reads the folder SPECDEC_DATA_DIR; skipped where there is none")
 
 
