@@ -52,6 +52,7 @@ class KeptTimes:
             self.write()
 
     def write(self) -> None:
+        """Write the file now."""
         try:
             write_json_atomic(self.path, self.policy.times_as_json())
         except OSError as error:

@@ -325,3 +325,12 @@ def test_a_head_s_own_keys_reach_vllm_and_its_masks_are_given_room():
     assert json.loads(flag(planned, "--speculative-config"))["parallel_drafting"] is True
     # Beside the verified tokens, 3 drafts and 1 more, a step holds 2 masks.
     assert int(flag(planned, "--max-num-batched-tokens")) == launch.CPU_DEFAULT_MODEL_LEN + 16 * 6
+
+
+def test_servers_share_what_they_learn_of_step_times_if_their_steps_are_alike():
+    def times(*extra: str, **options) -> str:
+        return json.loads(plan(*extra, policy="auto", **options).env["SPECDEC_POLICY"])["times"]
+
+    assert times() == times(port=9999, max_num_seqs=2)
+    others = [times(num_speculative_tokens=2), times(dtype="float16"), times("--block-size", "64")]
+    assert len({times(), *others}) == 4
