@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.estimates import AcceptanceModel, StepTimes, bucket
+from serving.acceptance import AcceptanceModel
+from serving.step_times import StepTimes, bucket
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
 STATIC = "static"  # no policy: vLLM's own scheduler, K at every step

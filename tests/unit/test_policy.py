@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.policy import Policy, PolicySettings
-from tests.simulated_engine import BAD, GOOD, Disturbed, Engine, K, dear_first_step, expected, step_sec
+from tests.simulated_engine import (
+    BAD,
+    GOOD,
+    Disturbed,
+    Engine,
+    K,
+    best_goodput,
+    dear_first_step,
+    expected,
+    step_sec,
+)
 
 
 @pytest.mark.parametrize("num_slow_steps", range(60, 140, 8))
@@ -65,6 +75,23 @@ def test_on_a_machine_that_is_slow_half_of_the_time_it_is_near_the_best(batches)
 
         shares.append(goodput(engine.widths[180:]) / max(goodput([width] * 400) for width in range(K + 1)))
     assert statistics.mean(shares) > 0.97
+
+
+def test_a_machine_that_is_several_times_slower_for_a_while_makes_no_k_look_better():
+    seconds, rates = (0.038, 0.044, 0.048, 0.052), (0.74, 0.73, 0.74)
+    shares = []
+    for seed in range(24):
+        rng, slowness = random.Random(seed), [1.0]
+        engine = Engine(Policy(K, rates), seed, noise=0.1, cost=lambda _, width, at=slowness: at[0] * seconds[width])
+        engine.run(150, 1, rates)
+        for _ in range(15):
+            slowness[0] = rng.uniform(1, 6)
+            engine.run(4, 1, rates)
+        slowness[0] = 1.0
+        widths = engine.run(100, 1, rates).widths[150:]
+        goodput = sum(expected(rates, width) for width in widths) / sum(seconds[width] for width in widths)
+        shares.append(goodput / best_goodput(1, rates, lambda _, width: seconds[width]))
+    assert statistics.mean(shares) > 0.955
 
 
 @pytest.mark.parametrize("seed", range(5))

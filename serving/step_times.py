@@ -1,14 +1,12 @@
-"""What the policy knows of acceptance and of step times, from drafts and steps of the recent past. Pure Python."""
+"""What the policy knows of step times, from steps of the recent past. Pure Python."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
-DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
 DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head runs one layer, its target some thirty
 BORROWED = 2  # steps that a time counts for that is of another kind of batch
 FIRST_NOISE = 0.1  # standard deviation of the log of a step's time from one step to the next,
@@ -16,76 +14,11 @@ LEAST_NOISE, NOISE_GAIN = 0.002, 0.02  # at least, and how fast it is learned
 DRIFT, OWN_DRIFT = 0.2, 3e-4  # variance that a step adds, in that of the noise: the machine's speed, and what a K takes
 MOST_DRIFT = 25.0  # of the machine's speed, after however many steps
 ODD = 3.0  # standard deviations by which a step is out of proportion
+MOVED_DOUBT = 0.1  # of how the K compare, for the log by which the machine's speed has changed since
 LENT_DOUBT = 0.04  # standard deviation of how the K compare for a batch of another kind, or of made-up requests,
 LENT_LEVEL = 0.5  # and of how long they all take
 UNKNOWN_UNCERTAINTY = 0.3  # of a K that was never timed with a batch of this kind
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
-
-
-@dataclass(slots=True)
-class AcceptanceModel:
-    """Decayed counts of how often position i was accepted when it was reached.
-
-    The prior counts as ``prior_weight`` drafts. When the first position, which every draft reaches, falls ``DOUBT``
-    standard deviations below it, what training said of it is taken back, and what it said of the others, which are then
-    seldom reached, is lowered by the same factor: a useless head is soon seen.
-    """
-
-    prior: list[float]
-    window: float
-    prior_weight: float
-    tries: list[float] = field(default_factory=list)
-    hits: list[float] = field(default_factory=list)
-    prior_tries: list[float] = field(default_factory=list)  # the prior's part of ``tries``
-
-    def __post_init__(self) -> None:
-        self.prior_tries = [self.prior_weight] * len(self.prior)
-        self.tries = [self.prior_weight] * len(self.prior)
-        self.hits = [self.prior_weight * rate for rate in self.prior]
-
-    def observe(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
-        """``count`` drafts of ``num_drafted`` tokens of which the first ``num_accepted`` were accepted."""
-        keep = (1 - 1 / self.window) ** count
-        weight = (1 - keep) * self.window
-        for i in range(min(num_drafted, num_accepted + 1, len(self.tries))):
-            self.tries[i] = keep * self.tries[i] + weight
-            self.hits[i] = keep * self.hits[i] + weight * (i < num_accepted)
-            self.prior_tries[i] *= keep
-        if self.tries:
-            self._doubt()
-
-    def forget(self, num_drafts: float) -> None:
-        """Let what was seen so far count as ``num_drafts`` drafts at most, so that what comes next decides."""
-        for i, tries in enumerate(self.tries):
-            if tries > num_drafts:
-                self.hits[i] *= num_drafts / tries
-                self.prior_tries[i] *= num_drafts / tries
-                self.tries[i] = num_drafts
-
-    def _doubt(self) -> None:
-        prior, weight = self.prior[0], self.prior_tries[0]
-        seen = self.tries[0] - weight
-        missing = seen * prior - (self.hits[0] - weight * prior)
-        if weight and seen >= DOUBT_DRAFTS and missing > DOUBT * math.sqrt(seen * prior * (1 - prior)):
-            self.tries[0], self.prior_tries[0] = seen, 0.0
-            self.hits[0] = max(0.0, self.hits[0] - weight * prior)
-            lost = 1 - self.hits[0] / (seen * prior)
-            for i in range(1, len(self.hits)):
-                self.hits[i] = max(0.0, self.hits[i] - lost * self.prior_tries[i] * self.prior[i])
-                self.prior[i] *= 1 - lost
-
-    @property
-    def conditional_rates(self) -> list[float]:
-        """Acceptance of position i among the drafts accepted before it."""
-        return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
-
-    def expected_tokens(self, num_draft_tokens: int, imagined: float = 0.0) -> float:
-        """Tokens a sequence gains in a step, its bonus token included. ``imagined``: acceptances added everywhere."""
-        expected = reached = 1.0
-        for hits, tries in zip(self.hits[:num_draft_tokens], self.tries, strict=False):
-            reached *= (hits + imagined) / (tries + imagined)
-            expected += reached
-        return expected
 
 
 class _Size:
@@ -129,8 +62,11 @@ class _Size:
         gains = [row[0] + row[i] for row in self.covariance]
         variance = gains[0] + gains[i] + 1.0
         oddness = off * off / (variance * noise)
-        if off > 0:
-            variance *= max(1.0, oddness / ODD**2)
+        excess = variance * max(0.0, oddness / ODD**2 - 1)
+        variance += excess
+        if off < 0:  # nothing makes a single step so fast: the machine is
+            self.covariance[0][0] += excess
+            gains[0] += excess
         for j, gain in enumerate(gains):
             self.state[j] += gain / variance * off
         for row, a in zip(self.covariance, gains, strict=True):
@@ -194,8 +130,9 @@ class StepTimes:
     all K, and how well each is known beside another: less and less well, while it is not served.
 
     What disturbs a step makes it slower, never faster: the more a slow one is out of all proportion, the less it
-    counts. And since a step that drafts more does more, a narrower step never counts as slower than a wider one, nor a
-    plain one as slower than ``DRAFTING`` allows.
+    counts, and one that is as much too fast says that the machine, not this K, has become faster. And since a step that
+    drafts more does more, a narrower step never counts as slower than a wider one, nor a plain one as slower than
+    ``DRAFTING`` allows.
     """
 
     def __init__(self) -> None:
@@ -266,10 +203,10 @@ class StepTimes:
         return {size for size, each in self._sizes.items() if {0, max_draft_tokens} <= each.place.keys()}
 
     def doubt(self, batch: int, num_draft_tokens: int) -> None:
-        """What was measured of this K counts the less, the more the machine has changed since."""
+        """What was measured of this K counts the less, the more the machine's speed has changed since."""
         size = self._sizes.get(bucket(batch))
         if size is not None and num_draft_tokens in size.place:
-            size.doubt(num_draft_tokens, math.log(self.moved(batch, num_draft_tokens)), self._noise)
+            size.doubt(num_draft_tokens, MOVED_DOUBT * math.log(self.moved(batch, num_draft_tokens)), self._noise)
 
     def moved(self, batch: int, num_draft_tokens: int) -> float:
         """By which factor the machine's speed has changed, up or down, since this K was timed; at least 1."""
