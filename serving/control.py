@@ -26,11 +26,12 @@ RECORD_SEC = 0.2  # between two times that the monitor is told of drafts, unless
 
 
 class Step(NamedTuple):
-    """One that was scheduled and has not ended. ``batch`` is 0 where not all of it decodes: such a step counts not."""
+    """One that was scheduled and has not ended. ``batch`` is 0 where not all of it decodes: its time counts not."""
 
     begun_sec: float
     asked: int  # K of the step before, whose drafts this one verifies
     width: int  # K
+    num_sequences: int = 0
     batch: int = 0
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
@@ -124,13 +125,13 @@ class Control:
         lengths[0] += len(tokens) - len(drafts)
         num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())
         if not tokens or output.scheduled_new_reqs or sum(tokens.values()) != num_decoded:
-            self._steps.append(Step(begun_sec, asked, width))
+            self._steps.append(Step(begun_sec, asked, width, len(tokens)))
             return
         # A lookup drafts what it finds. Its steps are timed as they come, and what it did not find counts as rejected.
         steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
         num_without = lengths[0] if asked and not self.pinned else 0
         sampled = not self.sampled.isdisjoint(tokens)
-        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without, sampled))
+        self._steps.append(Step(begun_sec, asked, width, len(tokens), len(tokens), steady, num_without, sampled))
 
     def finished(self, request: Any) -> None:
         """A request has ended."""
@@ -157,6 +158,8 @@ class Control:
             for (num_asked, num_accepted), count in self._tries.items():
                 if num_asked and count:
                     self.policy.observe_draft(num_asked, num_accepted, count)
+            if step.num_sequences:
+                self.policy.observe_output(step.num_sequences, num_tokens, not step.batch)
         self._tries.clear()
         if now - self._recorded_sec >= RECORD_SEC:
             self._record()
