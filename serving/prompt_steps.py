@@ -1,9 +1,9 @@
 """How often a step also reads prompts: so often with every K, so its time counts the more the wider drafts are.
 
-Such a step verifies and drafts beside what it reads, and takes longer by more the wider the drafts: by half to all of
-what a decode step does (measured, ``experiments/LOG.md``). And the sequence whose end made room left its place empty
-meanwhile. So each counts as one more step of the same K without any token. Where answers are short and many are written
-at a time it is half of all time; in long ones it is next to none. Pure Python.
+Such a step verifies and drafts beside what it reads, and what it adds grows with K by half of what a decode step does
+or more (measured, ``experiments/LOG.md``). And the sequence whose end made room left its place empty meanwhile. So each
+counts as one more step of the same K without any token. Where answers are short and many are written at a time it is
+half of all time; in long ones it is next to none. Pure Python.
 """
 
 from __future__ import annotations
