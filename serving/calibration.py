@@ -17,7 +17,8 @@ from typing import Any
 
 from serving.control import CALIBRATION
 from serving.engine_status import EngineStatus, EngineUnavailableError
-from serving.policy import ASYNCHRONOUS, AUTO, PolicySettings
+from serving.policy import AUTO
+from serving.policy_settings import ASYNCHRONOUS, PolicySettings
 
 logger = logging.getLogger("vllm.specdec")
 

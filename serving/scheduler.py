@@ -18,7 +18,8 @@ from typing import Any
 from serving.control import Control
 from serving.kept_policy import kept_policy
 from serving.monitor import Monitor, SpanTracker
-from serving.policy import ASYNCHRONOUS, Policy, parse_policy
+from serving.policy import Policy, parse_policy
+from serving.policy_settings import ASYNCHRONOUS
 from serving.traffic import TrafficLog
 
 logger = logging.getLogger("vllm.specdec")
@@ -195,6 +196,5 @@ def _control(num_spec_tokens: int, is_async: bool) -> Control:
     if policy is not None:
         policy.set_mode(*parse_policy(kept_policy() or settings.get("policy") or "auto"))
     spans = SpanTracker(settings.get("think_start") or (), settings.get("think_end") or ())
-    keep = settings.get("traffic")
-    traffic = TrafficLog(Path(keep["directory"]), keep["share"], keep["max_bytes"]) if keep else None
-    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates, traffic, settings.get("times"))
+    log = TrafficLog(Path(to["directory"]), to["share"], to["max_bytes"]) if (to := settings.get("traffic")) else None
+    return Control(policy, Monitor(num_spec_tokens, rates), spans, rates, log, settings.get("times"))

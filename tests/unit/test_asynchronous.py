@@ -10,7 +10,8 @@ import pytest
 
 from serving.control import Control
 from serving.monitor import Monitor
-from serving.policy import ASYNCHRONOUS, Policy
+from serving.policy import Policy
+from serving.policy_settings import ASYNCHRONOUS
 
 K = 3
 GOOD, BAD = (0.73, 0.7, 0.7), (0.02, 0.02, 0.02)

@@ -15,7 +15,8 @@ from serving.calibration import calibrate
 from serving.control import CALIBRATION, Control
 from serving.engine_status import EngineStatus
 from serving.monitor import Monitor
-from serving.policy import ASYNCHRONOUS, Policy
+from serving.policy import Policy
+from serving.policy_settings import ASYNCHRONOUS
 from tests.fake_engine import FakeEngineClient, make_status, plain_status
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policy import Policy, PolicySettings
+from serving.policy import Policy
+from serving.policy_settings import PolicySettings
 from tests.simulated_engine import (
     BAD,
     GOOD,

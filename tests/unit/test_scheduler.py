@@ -10,7 +10,8 @@ import pytest
 from serving.control import Control
 from serving.kept_policy import VARIABLE, keep_policy
 from serving.monitor import Monitor
-from serving.policy import ASYNCHRONOUS, Policy, parse_policy
+from serving.policy import Policy, parse_policy
+from serving.policy_settings import ASYNCHRONOUS
 from serving.scheduler import POLICY_VARIABLE, command, controlled
 
 
