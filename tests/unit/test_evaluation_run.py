@@ -159,7 +159,7 @@ def test_a_client_that_lags_is_noticed(tmp_path, monkeypatch):
 
 
 def test_budgets_and_samples_are_swept_and_priced(tmp_path):
-    plain, spec = FakeServer(step_sec=0.015, num_tokens=8), FakeServer(step_sec=0.015, num_tokens=8, tokens_per_step=4)
+    plain, spec = FakeServer(step_sec=0.04, num_tokens=8), FakeServer(step_sec=0.04, num_tokens=8, tokens_per_step=4)
     for server in (plain, spec):
         server.texts = dict.fromkeys(PROMPTS, "<think>") | {"forced": "4"}
     options = {"thinking_budgets": [2, 6], "num_samples": [1, 3], "num_prompts": 2, "max_new_tokens": 3}
