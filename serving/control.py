@@ -26,13 +26,13 @@ RECORD_SEC = 0.2  # between two times that the monitor is told of drafts, unless
 
 
 class Step(NamedTuple):
-    """One that was scheduled and has not ended. ``batch`` is 0 where not all of it decodes: its time counts not."""
+    """One that was scheduled and has not ended. Unless it only decodes, its time counts not."""
 
     begun_sec: float
     asked: int  # K of the step before, whose drafts this one verifies
     width: int  # K
-    num_sequences: int = 0
-    batch: int = 0
+    batch: int = 0  # sequences
+    only_decodes: bool = False
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
     sampled: bool = False  # not all of them are greedy
@@ -131,7 +131,7 @@ class Control:
         steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
         num_without = lengths[0] if asked and not self.pinned else 0
         sampled = not self.sampled.isdisjoint(tokens)
-        self._steps.append(Step(begun_sec, asked, width, len(tokens), len(tokens), steady, num_without, sampled))
+        self._steps.append(Step(begun_sec, asked, width, len(tokens), True, steady, num_without, sampled))
 
     def finished(self, request: Any) -> None:
         """A request has ended."""
@@ -158,14 +158,14 @@ class Control:
             for (num_asked, num_accepted), count in self._tries.items():
                 if num_asked and count:
                     self.policy.observe_draft(num_asked, num_accepted, count)
-            if step.num_sequences:
-                self.policy.observe_output(step.num_sequences, num_tokens, not step.batch)
+            if step.batch:
+                self.policy.observe_output(step.batch, num_tokens, reads_prompts=not step.only_decodes)
         self._tries.clear()
         if now - self._recorded_sec >= RECORD_SEC:
             self._record()
         if self.watch is not None and self.watch.verdict is not None:
             self.on_verdict()
-        if step.batch:
+        if step.only_decodes:
             waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
             self._time(step, seconds)

@@ -1,7 +1,7 @@
 """How many tokens to draft in the next step: the number that gives most tokens a second, by what was measured.
 
 Acceptance alone is the wrong trigger: in a large batch it stays high while verification costs more than it gains. So
-each candidate K is judged by a sequence's expected tokens a second, by what was measured:
+each candidate K is judged by the tokens a second that a sequence is expected to get:
 
     goodput(K) = 1 / (T(batch, K) (1 / E(K) + p)),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
