@@ -26,6 +26,8 @@ generator has no offset: the exception ends the engine.
 
 **Synthetic acceptance** (``serving/synthetic.py``), which vLLM has kernels for on a GPU alone.
 
+**Kernels of decode steps** (``serving/kernels.py``), made at start-up.
+
 **Compiling beside another server.** The worker's main thread, which compiles alone for a minute or two, is pinned to
 the first of its cores. Servers that start together on the same cores would compile there one after the other.
 
@@ -46,6 +48,7 @@ from typing import Any
 
 from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
+from serving.kernels import with_kernels, with_more_rows
 from serving.nucleus import without_sort
 from serving.plain_draws import by_plain_draws
 from serving.resting_speculator import with_rest
@@ -86,10 +89,12 @@ def register() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
     _patch_rejection(cpu_triton_utils)
     if in_worker:
+        from vllm import _custom_ops
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        CPUModelRunner.warming_up_model = without_garbage(unpinned(CPUModelRunner.warming_up_model))
+        CPUModelRunner.warming_up_model = with_kernels(without_garbage(unpinned(CPUModelRunner.warming_up_model)))
         CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
+        _custom_ops.create_onednn_mm = with_more_rows(_custom_ops.create_onednn_mm)
         _patch_top_p()
         _patch_verification()
 
