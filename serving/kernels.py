@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 import weakref
 from collections.abc import Iterable
@@ -20,10 +21,16 @@ from typing import Any
 
 logger = logging.getLogger("vllm.specdec")
 
-ROWS_KEPT = 192  # numbers of rows, of each kind of matrix; 0.5 MB each
+ROWS_KEPT = 160  # numbers of rows, of each kind of matrix; 0.5 MB each
+SHARED_KEPT = 256  # kernels that oneDNN keeps of its own, beside these; by itself 1,024
 MOST_ROWS = 128  # of a step whose kernels are made at start-up,
 LONGEST_SEC = 5.0  # within so long: beside the steps of a large model what they take is little
 _matrices: weakref.WeakSet[Any] = weakref.WeakSet()  # vLLM's handlers
+
+
+def keep_fewer_twice() -> None:
+    """So that more kernels of each kind take no more memory than vLLM's few and oneDNN's many; before oneDNN begins."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHARED_KEPT))
 
 
 def with_more_rows(create: Any) -> Any:

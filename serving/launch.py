@@ -45,7 +45,9 @@ class ServerPlan:
     """One vLLM server, ready to be started."""
 
     argv: list[str]
-    env: dict[str, str] = field(repr=False)  # what is added to this process's environment; may hold a key
+    env: dict[str, str] = field(
+        repr=False
+    )  # added to this process's environment, or taken from it where empty; may hold a key
     url: str  # where a client on this machine reaches it
     host: str
     port: int
@@ -197,9 +199,9 @@ def _max_model_len(
     if device.kind != "cpu":
         return "auto"
     # A block is kept back for the head's layer, which shares the KV space.
-    room = serve.kv_cache_gib * 2**30 // _kv_bytes_per_token(target, dtype) - KV_BLOCK_TOKENS
+    room = int(serve.kv_cache_gib * 2**30) // _kv_bytes_per_token(target, dtype) - KV_BLOCK_TOKENS
     if room < KV_BLOCK_TOKENS:
-        raise ValueError(f"kv_cache_gib={serve.kv_cache_gib} holds no request of target {target.name}: raise it")
+        raise ValueError(f"kv_cache_gib={serve.kv_cache_gib:g} holds no request of target {target.name}: raise it")
     return min(longest, CPU_DEFAULT_MODEL_LEN, room // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS)
 
 
@@ -226,6 +228,8 @@ def _add_limits(
     flags.add("--max-num-seqs", serve.max_num_seqs)
     if max_model_len is not None:
         flags.add("--max-model-len", max_model_len)
+    if device.kind == "cpu":
+        flags.add("--kv-cache-memory-bytes", int(serve.kv_cache_gib * 2**30))
     if device.kind != "cpu" or "--enable-chunked-prefill" in flags.user:
         return
     # In vLLM 0.32 a request with a seed whose prompt is prefilled in chunks kills the engine on CPU: after each
@@ -296,7 +300,7 @@ def _token_ids(target: Target, text: str) -> list[int]:
 
 
 def _environment(serve: ServeConfig, device: Device, user: ServerFlags, environ: Mapping[str, str]) -> dict[str, str]:
-    env = vllm_environment(device, environ, serve.threads_bind, serve.kv_cache_gib)
+    env = vllm_environment(device, environ, serve.threads_bind, kv_cache_gib=None)
     if env and serve.threads_bind == "auto" and (user.get_int("--tensor-parallel-size") or 1) > 1:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "auto"  # several ranks share the cores by NUMA node, as vLLM deals them
     return env

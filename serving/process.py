@@ -107,7 +107,7 @@ class RunningServer:
         # input is the lifeline that closes when we die.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(REAPER), str(drain_sec + GRACE_SEC), *plan.argv],
-            env={**os.environ, **plan.env},
+            env={name: value for name, value in {**os.environ, **plan.env}.items() if plan.env.get(name) != ""},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

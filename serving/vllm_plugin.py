@@ -48,7 +48,7 @@ from typing import Any
 
 from serving.catch_up import with_catch_up
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
-from serving.kernels import with_kernels, with_more_rows
+from serving.kernels import keep_fewer_twice, with_kernels, with_more_rows
 from serving.nucleus import without_sort
 from serving.plain_draws import by_plain_draws
 from serving.resting_speculator import with_rest
@@ -94,6 +94,7 @@ def register() -> None:
 
         CPUModelRunner.warming_up_model = with_kernels(without_garbage(unpinned(CPUModelRunner.warming_up_model)))
         CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
+        keep_fewer_twice()
         _custom_ops.create_onednn_mm = with_more_rows(_custom_ops.create_onednn_mm)
         _patch_top_p()
         _patch_verification()

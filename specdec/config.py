@@ -107,7 +107,7 @@ class ServeConfig:
     keep_gib: float = 1.0
     max_model_len: int | None = None
     max_num_seqs: int = 16
-    kv_cache_gib: int = 2  # CPU only
+    kv_cache_gib: float = 2  # CPU only
     threads_bind: str = "auto"  # CPU only: auto | a core list such as 0-3 | nobind
     enforce_eager: bool = False
     preset: str = "auto"  # auto: R1-Distill targets get their sampling, parser, template and length | none

@@ -95,9 +95,11 @@ def preload_value(existing: str = "") -> str:
 
 
 def vllm_environment(
-    device: Device, existing: Mapping[str, str], threads_bind: str = "auto", kv_cache_gib: int = 2
+    device: Device, existing: Mapping[str, str], threads_bind: str = "auto", kv_cache_gib: int | None = 2
 ) -> dict[str, str]:
     """Environment variables for a vLLM process on ``device``; ``existing`` is what it inherits.
+
+    ``kv_cache_gib``: None where a flag says it, which vLLM's variable, of whole GiB, would overrule.
 
     ``auto`` pins to every core: vLLM's own binding keeps one back, which on few cores is worth more in the matrix
     products, and unpinned threads made plain decode a quarter slower.
@@ -112,7 +114,9 @@ def vllm_environment(
         return {}
     if threads_bind == "auto":
         threads_bind = existing.get("VLLM_CPU_OMP_THREADS_BIND") or core_ranges(device.core_ids)
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": threads_bind, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": threads_bind}
+    if kv_cache_gib is not None or "VLLM_CPU_KVCACHE_SPACE" in existing:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib or "")
     defaults = {
         "VLLM_USE_AOT_COMPILE": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "compiled"),

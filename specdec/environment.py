@@ -149,7 +149,7 @@ def _cpu_problems(facts: dict[str, Any], serve: ServeConfig, total_bytes: int) -
         room = (available - SERVER_RESERVE_BYTES) // GIB
         free = f"{available / GIB:.1f} GiB of memory is free"
         fix = f"--set serve.kv_cache_gib={room}" if room >= 1 else "free some memory, or take a larger machine"
-        problems.append(_problem(f"a KV cache of {serve.kv_cache_gib} GiB may not fit: {free}", fix))
+        problems.append(_problem(f"a KV cache of {serve.kv_cache_gib:g} GiB may not fit: {free}", fix))
     return problems
 
 
@@ -165,7 +165,7 @@ def render(facts: dict[str, Any]) -> str:
         **facts["versions"],
     }
     if facts["device"]["kind"] == "cpu":
-        rows["memory"] += f", {facts['memory']['kv_cache_gib']} GiB of it for the KV cache"
+        rows["memory"] += f", {facts['memory']['kv_cache_gib']:g} GiB of it for the KV cache"
         rows["C++ compiler"] = facts["compiler"] or "none"
         for name in ("openmp", "tcmalloc"):
             library = facts["preload"][name]

@@ -53,7 +53,7 @@ def server_config(num_seqs: int) -> RunConfig:
     """Of servers that share the machine."""
     config = RunConfig()
     config.serve.health_timeout_sec = 3600  # a server that is frozen answers no health check
-    config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, num_seqs, 1
+    config.serve.max_model_len, config.serve.max_num_seqs, config.serve.kv_cache_gib = 1024, num_seqs, 0.5
     return config
 
 

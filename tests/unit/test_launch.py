@@ -80,7 +80,11 @@ def test_a_cpu_plan_prefills_each_prompt_in_one_step_with_room_for_running_reque
     assert planned.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
     many = plan(device=Device(kind="cpu", core_ids=tuple(range(8)), native_bf16=True))
     assert many.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-7"
-    assert planned.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert int(flag(planned, "--kv-cache-memory-bytes")) == 2 * 2**30
+    assert int(flag(plan(kv_cache_gib=0.5), "--kv-cache-memory-bytes")) == 2**29
+    assert "VLLM_CPU_KVCACHE_SPACE" not in planned.env
+    inherited = plan(environ={"VLLM_CPU_KVCACHE_SPACE": "4"}).env["VLLM_CPU_KVCACHE_SPACE"]
+    assert inherited == "", "vLLM takes whole GiB from it, whatever the flag says: it must go"
     expected = manifest().speculative_config(Path("/heads/a"), 3)
     assert json.loads(flag(planned, "--speculative-config")) == expected
     assert flag(planned, "--per-request-spec-decode-metrics") == "summary"
