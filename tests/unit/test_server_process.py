@@ -32,6 +32,7 @@ open(pids, "a").write(f"{os.getpid()}\\n")
 while len(open(pids).read().split()) < 3:
     time.sleep(0.01)
 print("hello on stdout", flush=True)
+print("of", os.environ.get("TAKEN"), os.environ.get("KEPT"), os.environ.get("ADDED"), flush=True)
 if mode == "fail":
     print("ValueError: no such head", file=sys.stderr)
     sys.exit(1)
@@ -74,8 +75,9 @@ class Fake:
         port = free_port("127.0.0.1")
         planned = {
             "argv": [sys.executable, str(script), str(port), mode, str(self.pids_path)],
-            "env": {}, "url": f"http://127.0.0.1:{port}", "host": "127.0.0.1", "port": port, "served_model_name": "m",
-            "target": "t", "head": None, "num_speculative_tokens": 0, "dtype": "float32",
+            "env": {"TAKEN": "", "ADDED": "more"}, "url": f"http://127.0.0.1:{port}", "host": "127.0.0.1",
+            "port": port, "served_model_name": "m", "target": "t", "head": None, "num_speculative_tokens": 0,
+            "dtype": "float32",
         }  # fmt: skip
         command = [sys.executable, "-c", DRIVER, json.dumps(planned), str(timeout_sec), *([str(log)] if log else [])]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -168,6 +170,15 @@ def test_a_failed_start_says_why_and_keeps_the_log(tmp_path: Path):
     assert "\n  ValueError: no such head\n" in err  # the end of the log
     assert err.endswith(f"error: vLLM did not start: ValueError: no such head (whole log: {log})\n")
     assert "hello on stdout" in log.read_text()
+    fake.assert_nothing_left()
+
+
+def test_the_plan_adds_to_the_environment_and_takes_from_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TAKEN", "4")
+    monkeypatch.setenv("KEPT", "mine")
+    fake = Fake(tmp_path, "fail")
+    _, _, err = fake.end()
+    assert "of None mine more" in err
     fake.assert_nothing_left()
 
 
