@@ -45,9 +45,7 @@ class ServerPlan:
     """One vLLM server, ready to be started."""
 
     argv: list[str]
-    env: dict[str, str] = field(
-        repr=False
-    )  # added to this process's environment, or taken from it where empty; may hold a key
+    env: dict[str, str] = field(repr=False)  # added to this process's, or taken from it where empty; may hold a key
     url: str  # where a client on this machine reaches it
     host: str
     port: int

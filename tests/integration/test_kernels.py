@@ -57,6 +57,17 @@ def test_each_kind_of_matrix_meets_each_number_of_rows_once(custom_ops):
     torch.testing.assert_close(custom_ops.module.onednn_mm(handlers[1], x, None), x @ weights[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_server_starts_without_them_where_they_cannot_be_made(monkeypatch):
+    def refuse(rows):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(kernels, "make", refuse)
+    config = SimpleNamespace(speculative_config=None, scheduler_config=SimpleNamespace(max_num_seqs=1))
+    compiled = []
+    with_kernels(compiled.append)(SimpleNamespace(vllm_config=config))
+    assert len(compiled) == 1
+
+
 def test_a_matrix_that_is_gone_is_not_asked(custom_ops):
     handler = with_more_rows(custom_ops.module.create_onednn_mm)(torch.randn(16, 80), 32)
     del handler
