@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class PolicySettings:
     """The controller's constants. Steps are engine steps."""
 
-    margin: float = 0.03  # a change must promise this much more goodput
+    margin: float = 0.015  # a change must promise this much more goodput
     look_steps: int = 4  # between two looks at what each K promises: they take longer than all else in a step
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown
