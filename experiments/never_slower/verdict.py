@@ -1,4 +1,4 @@
-"""``result.json`` and ``timeline.png`` from what the other two wrote.
+"""``result.json`` and ``timeline.png`` from what the others wrote.
 
 A ratio is that of two arms' tokens a second over a whole load. For its interval the load is cut into parts in which all
 arms do the same share of the work, at nearly the same time, and parts are drawn with replacement. The best fixed arm is
@@ -9,7 +9,8 @@ Sampled answers bring luck: of ten requests of 64 tokens each, two servers that 
 a third ratio says what the times alone do, with each arm's tokens as they would be at the acceptance of all arms.
 
 Servers that are started alike differ a little for as long as they run. So where loads were measured in several lives of
-the servers, a load's figures are those of all lives together, and beside them stands each life's ratio.
+the servers, a load's figures are those of all lives together, and beside them stands each life's ratio. What is left of
+it for the best policy there can be says ``control.py``.
 
 The worst of twelve such ratios is mostly the unluckiest. What the policy does on the whole says their geometric mean,
 and at how many loads it is surely slower: there the whole interval lies below ``ENOUGH``.
@@ -27,6 +28,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.never_slower.control import CONCURRENCIES, control_path
 from experiments.never_slower.steady import LOADS, SHIFT, TEMPERATURES, WORK, load_path
 from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
@@ -221,6 +223,23 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     }
 
 
+def control() -> dict[str, Any]:
+    """Of servers that all do the same: each one's speed over that of the fastest other."""
+    found = {}
+    for path in filter(Path.is_file, map(control_path, CONCURRENCIES)):
+        load = json.loads(path.read_text())
+        speeds = {name: speed(load, name) for name in load["work"]}
+        fastest = {name: max(speeds[other] for other in speeds if other != name) for name in speeds}
+        found[f"c{load['concurrency']}"] = [speeds[name] / fastest[name] for name in speeds]
+    ratios = list(itertools.chain(*found.values()))
+    if not ratios:
+        return {}
+    return {
+        "worst_ratio_control": min(ratios), "mean_ratio_control": statistics.geometric_mean(ratios),
+        "control_ratios": found,
+    }  # fmt: skip
+
+
 def shift() -> dict[str, Any]:
     """Speed of the three servers in each phase, and the policy's acceptance before and after."""
     if not SHIFT.is_file():
@@ -276,7 +295,7 @@ def common_provenance(measured: Sequence[Sequence[dict[str, Any]]]) -> dict[str,
 
 def main() -> None:
     points, summary = steady()
-    summary |= shift()
+    summary |= shift() | control()
     overhead = json.loads((WORK / "overhead.json").read_text()) if (WORK / "overhead.json").is_file() else {}
     measured = lives_of_loads()
     summary = {"num_lives": max(map(len, measured)), **summary, **overhead}

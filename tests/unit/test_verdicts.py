@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.four_heads.verdict import verdict as four_heads
-from experiments.never_slower import steady
+from experiments.never_slower import control, steady
 from experiments.never_slower import verdict as never_slower
 from experiments.planted.verdict import verdict as planted
 from experiments.r1_traces.verdict import check_mask, completions_of
@@ -50,6 +50,16 @@ def after(figures: dict[str, Any]) -> dict[str, Any]:
 def work(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(steady, "WORK", tmp_path)
     return tmp_path
+
+
+def test_the_control_holds_each_server_against_the_fastest_other(work):
+    assert never_slower.control() == {}, "not measured"
+    write_load(0.0, 8, {"server1": 20.0, "server2": 25.0, "server3": 24.0})
+    control.control_path(8).parent.mkdir()
+    steady.load_path(8, 0.0).rename(control.control_path(8))
+    found = never_slower.control()
+    assert found["control_ratios"] == {"c8": pytest.approx([20 / 25, 25 / 24, 24 / 25])}
+    assert found["worst_ratio_control"] == pytest.approx(0.8)
 
 
 def test_ratios_are_of_slices_that_shared_their_moment(work):
