@@ -1,8 +1,8 @@
 """What the best policy that can be would show: servers that all do the same, each held against the fastest other one.
 
 Servers that are started alike differ a little for as long as they run, and the policy's server is held against the
-fastest of four. So four servers with one fixed K answer the same requests in slices, as in ``steady.py``, and
-``verdict.py`` puts their ratios beside the policy's. Some twelve minutes.
+fastest of four others. So four servers with one fixed K answer the same requests in slices, as in ``steady.py``, and
+``verdict.py`` puts their ratios beside the policy's. Some ten minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from experiments.never_slower import steady
 from experiments.never_slower.steady import Load, measure_loads, server_config
 from specdec.evaluation.arm_specs import ArmSpec
 
-NUM_SERVERS = 4  # as many as there are fixed K with the demo's head
+NUM_SERVERS = 4  # each against three: the policy is held against four, plain and three fixed K
 FIXED_K = 2
 CONCURRENCIES = (1, 8, 32)
 

@@ -6,7 +6,7 @@
 # learned; an interrupted run goes on, more lives add to one that is finished, and
 # `rm -r runs/never_slower ~/.cache/specdec/step_times` starts anew, as on a machine that knows nothing of the head.
 # What servers that do the same differ by, which no policy can better: `python experiments/never_slower/control.py --head
-# HEAD_DIR` (twelve minutes more), then `python experiments/never_slower/verdict.py`.
+# HEAD_DIR` (ten minutes more), then `python experiments/never_slower/verdict.py`.
 # Scaled down from a real study in tokens a request, requests (PASSES times as many), lives.
 #   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS [LIVES]]]]   (default: the demo's head, 2, 64, 1)
 set -euo pipefail
