@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from serving.acceptance import AcceptanceModel
@@ -42,6 +43,18 @@ def parse_policy(text: str) -> tuple[str, int | None]:
     raise ValueError(f"policy must be auto, off or fixed:K, got {text!r}")
 
 
+@dataclass(slots=True)
+class Trial:
+    """A K that is served for a few steps, so that it is known."""
+
+    width: int  # K
+    left: int  # steps
+    patience: int = 0  # steps that it may take longer, until enough of them were timed
+    is_probe: bool = False  # of drafting, by plain decode
+    num_timed: int = 0  # steps so far, of this K
+    num_drafts: int = 0
+
+
 class Policy:
     """Chooses K for each step from what it was told of the steps before. Not safe to share by threads."""
 
@@ -56,7 +69,7 @@ class Policy:
         self.times = self._times[False]  # those of the batch that was last asked about
         self._prompts: dict[int, PromptSteps] = {}  # by batch size
         self.mode, self.fixed = AUTO, max_draft_tokens
-        self._trial: tuple[int, int] | None = None  # K on trial, steps left
+        self._trial: Trial | None = None
         self.new_head(prior_rates)
 
     def new_head(self, prior_rates: Sequence[float]) -> None:
@@ -66,13 +79,9 @@ class Policy:
         self.chosen = self.max_draft_tokens
         self.reason = "start: not measured yet"
         self._steps_since_change = 0
-        self._steps_since_trial = self._drafts_since_trial = 0
+        self._steps_since_trial = self._num_probes = 0
         self._trial = None
-        self._num_timed = 0  # steps of the trial
-        self._probed: int | None = None  # K, of a trial that is a probe
-        self._num_probes = 0
-        self._patience = 0  # steps that a trial may wait for times,
-        self._has_times = False  # if there were any since the trial before it
+        self._has_times = False  # whether any step was timed since the last trial began
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
         self._num_steps = 0
         self._untimed: dict[tuple[bool, int, int], tuple[int, int]] = {}  # next trial's step and interval, see _unknown
@@ -118,7 +127,8 @@ class Policy:
 
     def observe_draft(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
         """``count`` sequences' verifications of one kind."""
-        self._drafts_since_trial += count
+        if self._trial is not None:
+            self._trial.num_drafts += count
         self.acceptance.observe(num_drafted, num_accepted, count)
 
     def observe_step(self, batch: int, num_draft_tokens: int, seconds: float, sampled: bool = False) -> None:
@@ -127,7 +137,8 @@ class Policy:
         ``sampled``: some of them are not greedy.
         """
         self._has_times = True
-        self._num_timed += self._trial is not None and self._trial[0] == num_draft_tokens
+        if self._trial is not None:
+            self._trial.num_timed += self._trial.width == num_draft_tokens
         self._times[sampled].observe(batch, num_draft_tokens, seconds)
 
     def observe_output(self, batch: int, num_tokens: int, reads_prompts: bool = False) -> None:
@@ -150,18 +161,19 @@ class Policy:
         if is_calibration:
             turn = self._num_steps // self.settings.trial_steps
             return self.max_draft_tokens - turn % (1 + self.max_draft_tokens)
-        if self._trial is not None:
-            width, left = self._trial
-            self._trial = None if self._is_over(left) or self._is_hopeless(batch, width) else (width, left - 1)
-            if self._trial is not None:
-                return width
-            self._decide(batch, self._goodputs(batch), after_trial=True)
-            if self._probed == 1 < self.max_draft_tokens and self.chosen:
+        if (trial := self._trial) is not None:
+            if not self._is_over(trial) and not self._is_hopeless(batch, trial):
+                trial.left -= 1
+                return trial.width
+            self._trial = None
+            self._decide(batch, self._goodputs(batch), trial)
+            if trial.is_probe and trial.width == 1 < self.max_draft_tokens and self.chosen:
                 return self._time_again(batch, self.max_draft_tokens)
             return self.chosen
         unknown = self._unknown(batch)
         if unknown is not None:
-            return self._try(batch, unknown, f"timing K={unknown} at batch {bucket(batch)}")
+            trial = Trial(unknown, self.settings.trial_steps)
+            return self._try(batch, trial, f"timing K={unknown} at batch {bucket(batch)}")
         if self._num_steps % self.settings.look_steps:
             return self.chosen
         goodputs = self._goodputs(batch)
@@ -169,10 +181,8 @@ class Policy:
             self._decide(batch, goodputs)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
-            why, width = "probing whether speculation pays again", self._width_of_probe()
-            self._try(batch, width, why, self._steps_of_probe(batch))
-            self._probed = width
-            return width
+            probe = Trial(self._width_of_probe(), self._steps_of_probe(batch), is_probe=True)
+            return self._try(batch, probe, "probing whether speculation pays again")
         if self.chosen > 0:
             return self._recheck(batch, goodputs)
         return self.chosen
@@ -198,9 +208,8 @@ class Policy:
     def _time_again(self, batch: int, width: int) -> int:
         """A short trial of a K that is known; it waits for times, unless none came since the last trial."""
         patience = self.settings.trial_steps if self._has_times else 0
-        self._try(batch, width, f"timing K={width} again", self.settings.recheck_trial_steps)
-        self._patience = patience
-        return width
+        trial = Trial(width, self.settings.recheck_trial_steps, patience)
+        return self._try(batch, trial, f"timing K={width} again")
 
     def _width_of_probe(self) -> int:
         """One token, which is cheap and tells whether drafts are accepted at all; at times the widest, for the rest."""
@@ -231,17 +240,18 @@ class Policy:
         hope, uncertainty = self.settings.hope, self.times.uncertainty
         return {k: value * math.exp(hope * uncertainty(batch, k, self.chosen)) for k, value in others.items()}
 
-    def _is_over(self, left: int) -> bool:
-        """Whether a trial with so many steps left has told enough. Steps that also read a prompt tell no time."""
-        return left <= 1 and (self._num_timed >= self.settings.trial_times or left <= 1 - self._patience)
+    def _is_over(self, trial: Trial) -> bool:
+        """Whether it has told enough. Steps that also read a prompt tell no time."""
+        is_timed = trial.num_timed >= self.settings.trial_times
+        return trial.left <= 1 and (is_timed or trial.left <= 1 - trial.patience)
 
-    def _is_hopeless(self, batch: int, width: int) -> bool:
+    def _is_hopeless(self, batch: int, trial: Trial) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
-        times = self.times.estimates(batch, width)
+        times = self.times.estimates(batch, trial.width)
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
-        if width == 0 or len(known) <= width or self._drafts_since_trial < self.settings.hopeless_drafts:
+        if trial.width == 0 or len(known) <= trial.width or trial.num_drafts < self.settings.hopeless_drafts:
             return False
-        if not self._num_timed:  # its time may be what was wrong
+        if not trial.num_timed:  # its time may be what was wrong
             return False
         doubt = self.settings.benefit_of_doubt
         goodputs = [self._goodput(batch, k, seconds, doubt if k else 0.0) for k, seconds in known]
@@ -281,16 +291,16 @@ class Policy:
                 return width
         return None
 
-    def _try(self, batch: int, width: int, reason: str, steps: int | None = None) -> int:
-        if self.times.moved(batch, width) > self.settings.max_moved:
-            self.times.doubt(batch, width)
-        self._trial, self._probed = (width, steps or self.settings.trial_steps), None
-        self._patience, self._has_times = 0, False
-        self._steps_since_trial = self._drafts_since_trial = self._num_timed = 0
+    def _try(self, batch: int, trial: Trial, reason: str) -> int:
+        if self.times.moved(batch, trial.width) > self.settings.max_moved:
+            self.times.doubt(batch, trial.width)
+        self._trial, self._has_times = trial, False
+        self._steps_since_trial = 0
         self.reason = reason
-        return width
+        return trial.width
 
-    def _decide(self, batch: int, goodputs: Sequence[float | None], after_trial: bool = False) -> None:
+    def _decide(self, batch: int, goodputs: Sequence[float | None], trial: Trial | None = None) -> None:
+        """Change to the best K if it is better by the margin. ``trial``: one that has just ended."""
         known = {k: value for k, value in enumerate(goodputs) if value is not None}
         if not known:
             return
@@ -301,11 +311,11 @@ class Policy:
             self.chosen = best
             self._steps_since_change = self._steps_since_trial = 0
             self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
-        elif after_trial and self._probed is not None:
-            affordable = self._steps_between_probes(batch, self._probed, self._steps_since_trial)
+        elif trial is not None and trial.is_probe:
+            affordable = self._steps_between_probes(batch, trial.width, self._steps_since_trial)
             self._probe_steps = min(2 * self._probe_steps, affordable)
         others = {k: value for k, value in known.items() if k != before}
         other = before if is_better else max(others, key=lambda k: others[k], default=None)
-        if (is_better or after_trial) and other is not None:
+        if (is_better or trial) and other is not None:
             than = f"{known[other]:.1f}" if other in known else "is not timed"
             self.reason = f"K={self.chosen} gives {known[self.chosen]:.1f} tokens/s a sequence, K={other} {than}"
