@@ -2,7 +2,7 @@
 # Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
 # (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back. The servers share
 # the machine in short slices, so that what else happens on it meets all of them alike. About 85 minutes on 2 cores and
-# 20 GB of memory, and 70 for each further life of the servers, which starts from the step times that the one before it
+# 20 GB of memory, and 75 for each further life of the servers, which starts from the step times that the one before it
 # learned; an interrupted run goes on, more lives add to one that is finished, and
 # `rm -r runs/never_slower ~/.cache/specdec/step_times` starts anew, as on a machine that knows nothing of the head.
 # What servers that do the same differ by, which no policy can better: `python experiments/never_slower/control.py --head
@@ -17,5 +17,5 @@ python=.venv/bin/python
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 "$python" experiments/never_slower/overhead.py --head "$head"
 "$python" experiments/never_slower/steady.py --head "$head" --passes "${2:-2}" --tokens "${3:-64}" --lives "${4:-1}"
-"$python" experiments/never_slower/shift.py --head "$head"
+"$python" experiments/never_slower/shift.py --head "$head" --lives "${4:-1}"
 "$python" experiments/never_slower/verdict.py

@@ -1,7 +1,8 @@
 """A load that changes: prompts like the head's training, then of another kind, then like training again.
 
 Three servers take the same prompts in slices of time: plain, vLLM's own table of K by batch size (the K that was best
-in ``steady.py``), and the policy, whose status is written down as it goes.
+in ``steady.py``), and the policy, whose status is written down as it goes. Each further life is one of servers started
+anew, whose policy starts from the step times that the one before it learned.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.never_slower.slices import DEV_MODE, Request, SlicedArm, measure
-from experiments.never_slower.steady import ADAPTATION_SEC, SHIFT, WARM_UP_SEED, WORK, requests_of, servers
+from experiments.never_slower.steady import (
+    ADAPTATION_SEC,
+    WARM_UP_SEED,
+    WORK,
+    requests_of,
+    servers,
+    shift_path,
+    timeline_path,
+)  # fmt: skip
 from experiments.never_slower.verdict import best_table
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import Arm, open_arms
@@ -72,9 +81,9 @@ class Watch(threading.Thread):
                     last_sec = at_sec
 
 
-async def run_phases(started: dict[str, Arm]) -> dict[str, Any]:
+async def run_phases(started: dict[str, Arm], timeline: Path) -> dict[str, Any]:
     """What each arm did in each phase; the policy keeps what it learned."""
-    watch = Watch(started["auto"].url, WORK / "timeline.jsonl")
+    watch = Watch(started["auto"].url, timeline)
     watch.start()
     arms = [SlicedArm(arm) for arm in started.values()]
     found: dict[str, Any] = {}
@@ -97,15 +106,18 @@ async def run_phases(started: dict[str, Arm]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
-    head = parser.parse_args().head
-    if SHIFT.is_file():
-        return
+    parser.add_argument("--lives", type=int, default=1)
+    options = parser.parse_args()
     os.environ[DEV_MODE] = "1"
-    specs, config = servers(head, WORK / "random_head", num_seqs=8)
+    specs, config = servers(options.head, WORK / "random_head", num_seqs=8)
     specs = [spec for spec in specs if spec.name in ("plain", "auto")]
-    specs.append(ArmSpec(name="table", options={"head": str(head), "table": best_table(8)}))
-    with open_arms(specs, config, WORK / "shift-servers") as started:
-        write_json_atomic(SHIFT, {"phases": asyncio.run(run_phases(started)), "provenance": provenance()})
+    for life in range(options.lives):
+        if shift_path(life).is_file():
+            continue
+        table = ArmSpec(name="table", options={"head": str(options.head), "table": best_table(8)})
+        with open_arms([*specs, table], config, WORK / f"shift-servers{life}") as started:
+            found = asyncio.run(run_phases(started, timeline_path(life)))
+            write_json_atomic(shift_path(life), {"phases": found, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from specdec.record import provenance, write_json_atomic
 
 Started = dict[str, Arm]  # servers that answer, by name
 WORK = Path("runs/never_slower")
-SHIFT = WORK / "shift.json"
 LOADS = {1: 10, 2: 16, 4: 24, 8: 40, 16: 64, 32: 160}  # requests at a time, and how many tasks, times --passes
 TEMPERATURES = (0.0, 0.6)
 ADAPTATION_SEC = 5.0
@@ -87,6 +86,16 @@ def requests_of(count: int, max_tokens: int, seed: int, has_seeds: bool = True) 
 def load_path(concurrency: int, temperature: float, life: int = 0) -> Path:
     """Where a load's measurement with the servers of this life lies."""
     return WORK / f"life{life}" / f"c{concurrency}-t{temperature}.json"
+
+
+def shift_path(life: int) -> Path:
+    """Where the measurement of the load that changes lies, with the servers of this life."""
+    return WORK / f"shift{life}.json"
+
+
+def timeline_path(life: int) -> Path:
+    """Where the policy's status under that load stands, a line for each moment."""
+    return WORK / f"timeline{life}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.never_slower.control import CONCURRENCIES, control_path
-from experiments.never_slower.steady import LOADS, SHIFT, TEMPERATURES, WORK, load_path
+from experiments.never_slower.steady import LOADS, TEMPERATURES, WORK, load_path, shift_path, timeline_path
 from specdec.metrics import bootstrap_ci95
 from specdec.record import write_json_atomic
 
@@ -57,24 +57,30 @@ def loads() -> list[dict[str, Any]]:
 
 
 def joined(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A load of several lives: an arm's slices one after the other, and its own figures added up."""
+    """A load of several lives, as if one server of each kind had done it all."""
+    work = joined_work([life["work"] for life in lives])
+    return {**lives[0], "num_requests": sum(life["num_requests"] for life in lives), "work": work}
+
+
+def joined_work(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each arm's slices of several lives, one after the other, and its own figures added up."""
     work = {}
-    for name in lives[0]["work"]:
+    for name in lives[0]:
         tokens, seconds = [0], [0.0]
         for life in lives:
-            of_life = life["work"][name]
+            of_life = life[name]
             tokens, seconds = (
                 [*sums, *(sums[-1] + each for each in of_life[key][1:])]
                 for key, sums in (("num_tokens", tokens), ("seconds", seconds))
             )
-        figures = [done(life, name) for life in lives]
+        figures = [done({"work": life}, name) for life in lives]
         widths = [each.pop("steps_by_width") for each in figures]
         totals = {key: np.sum([each[key] for each in figures], axis=0).tolist() for key in figures[0]}
         histogram = {str(k): sum(each.get(k, 0) for each in widths) for k in sorted(set().union(*widths))}
         none = {"totals": {}, "k_histogram": {}}
         after = {"totals": totals, "k_histogram": histogram}
         work[name] = {"num_tokens": tokens, "seconds": seconds, "before": none, "after": after}
-    return {**lives[0], "num_requests": sum(life["num_requests"] for life in lives), "work": work}
+    return work
 
 
 def part_seconds(work: dict[str, Any]) -> list[float]:
@@ -240,11 +246,18 @@ def control() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shift_lives() -> list[dict[str, Any]]:
+    """What was measured of the load that changes, with the servers of every life."""
+    paths = itertools.takewhile(Path.is_file, map(shift_path, itertools.count()))
+    return [json.loads(path.read_text()) for path in paths]
+
+
 def shift() -> dict[str, Any]:
-    """Speed of the three servers in each phase, and the policy's acceptance before and after."""
-    if not SHIFT.is_file():
+    """Speed of the three servers in each phase, and the policy's acceptance before and after, of all lives together."""
+    lives = [life["phases"] for life in shift_lives()]
+    if not lives:
         return {}
-    phases = {name: {"work": work} for name, work in json.loads(SHIFT.read_text())["phases"].items()}
+    phases = {name: {"work": joined_work([life[name] for life in lives])} for name in lives[0]}
     against = {
         other: {name: ratio(load, "auto", other) for name, load in phases.items()} for other in ("plain", "table")
     }
@@ -257,14 +270,17 @@ def shift() -> dict[str, Any]:
     lengths = {name: tokens_by_width([done(load, "auto")])[-1] for name, load in phases.items()}
     return {
         "shift_tok_per_sec": {name: {arm: speed(load, arm) for arm in load["work"]} for name, load in phases.items()},
-        "shift_auto_against": against, "shift_auto_against_together": together,
+        "shift_num_lives": len(lives), "shift_auto_against": against, "shift_auto_against_together": together,
+        "shift_auto_against_table_by_life": {
+            name: by_life([{"work": life[name]} for life in lives], "auto", "table") for name in phases
+        },
         "shift_tau_before": lengths["before"], "shift_tau_changed": lengths["changed"],
         "shift_tau_after_resume": lengths["after"],
     }  # fmt: skip
 
 
-def plot_timeline(path: Path) -> None:
-    rows = [json.loads(line) for line in (WORK / "timeline.jsonl").read_text().splitlines()]
+def plot_timeline(timeline: Path, path: Path) -> None:
+    rows = [json.loads(line) for line in timeline.read_text().splitlines()]
     start = rows[0]["at_sec"]
     seconds = [row["at_sec"] - start for row in rows]
     figure, axes = plt.subplots(3, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
@@ -297,11 +313,11 @@ def main() -> None:
     points, summary = steady()
     summary |= shift() | control()
     overhead = json.loads((WORK / "overhead.json").read_text()) if (WORK / "overhead.json").is_file() else {}
-    measured = lives_of_loads()
-    summary = {"num_lives": max(map(len, measured)), **summary, **overhead}
+    measured = [*lives_of_loads(), shift_lives()]
+    summary = {"num_lives": max(map(len, lives_of_loads())), **summary, **overhead}
     write_json_atomic(OUT, {"points": points, "summary": summary, "provenance": common_provenance(measured)})
-    if (WORK / "timeline.jsonl").is_file():
-        plot_timeline(OUT.with_name("timeline.png"))
+    if timeline_path(0).is_file():
+        plot_timeline(timeline_path(0), OUT.with_name("timeline.png"))
     print(json.dumps(summary))
 
 

@@ -90,6 +90,20 @@ def test_lives_of_the_servers_count_together_and_stand_one_by_one(work):
     assert first["acceptance_length"] == pytest.approx(1.8) and first["fallback_share"] == pytest.approx(0.25)
 
 
+def test_lives_of_the_load_that_changes_count_together(work):
+    assert never_slower.shift() == {}, "not measured"
+    for life, table in enumerate((30.0, 25.0)):
+        write_load(0.0, 8, {"plain": 20.0, "table": table, "auto": 28.0})
+        load = json.loads(steady.load_path(8, 0.0).read_text())
+        phases = dict.fromkeys(("before", "changed", "after"), load["work"])
+        steady.shift_path(life).write_text(json.dumps({"phases": phases}))
+    found = never_slower.shift()
+    assert found["shift_num_lives"] == 2
+    assert found["shift_auto_against"]["table"]["after"][0] == pytest.approx((28 / 30 + 28 / 25) / 2)
+    assert found["shift_auto_against_table_by_life"]["before"] == pytest.approx([28 / 30, 28 / 25])
+    assert found["shift_tau_after_resume"] == pytest.approx(1.8)
+
+
 def test_the_whole_interval_tells_where_the_policy_is_surely_slower(work):
     write_load(0.0, 1, ARMS)  # 0.967 of the best
     write_load(0.0, 2, {**ARMS, "auto": 30.0, "random": 20.0})
