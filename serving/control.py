@@ -158,8 +158,6 @@ class Control:
             for (num_asked, num_accepted), count in self._tries.items():
                 if num_asked and count:
                     self.policy.observe_draft(num_asked, num_accepted, count)
-            if step.batch:
-                self.policy.observe_output(step.batch, num_tokens, reads_prompts=not step.only_decodes)
         self._tries.clear()
         if now - self._recorded_sec >= RECORD_SEC:
             self._record()

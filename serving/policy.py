@@ -3,14 +3,14 @@
 Acceptance alone is the wrong trigger: in a large batch it stays high while verification costs more than it gains. So
 each candidate K is judged by the tokens a second that a sequence is expected to get:
 
-    goodput(K) = 1 / (T(batch, K) (1 / E(K) + p)),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
+    goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
-with c the conditional acceptance rates of the last drafts, T the typical time of decode steps (a machine's pauses have
-nothing to do with K), and p the steps that also read prompts for each token of a sequence (``serving.prompt_steps``).
-K = 0 is plain decode. What is not known is tried (once per batch size, a few steps each; until that succeeds, the
-nearest batch size that is known decides), what may have changed is tried again: soon after a change, for a first trial
-may have met a cold or busy machine, and then further and further apart, until trials cost next to nothing. Pure Python;
-knows no server.
+with c the conditional acceptance rates of the last drafts and T the typical time of decode steps (a machine's pauses
+have nothing to do with K). K = 0 is plain decode. Steps that also read prompts do not count: what prompts cost for each
+token that is put out is the same for every K (measured, ``experiments/LOG.md``). What is not known is tried (once per
+batch size, a few steps each; until that succeeds, the nearest batch size that is known decides), what may have changed
+is tried again: soon after a change, for a first trial may have met a cold or busy machine, and then further and further
+apart, until trials cost next to nothing. Pure Python; knows no server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 from serving.acceptance import AcceptanceModel
 from serving.policy_settings import PolicySettings
-from serving.prompt_steps import PromptSteps
 from serving.step_times import StepTimes, bucket
 
 AUTO, OFF, FIXED = "auto", "off", "fixed"
@@ -67,7 +66,6 @@ class Policy:
         # A step whose sequences are all greedy verifies by comparing tokens, any other by their distributions.
         self._times = {sampled: StepTimes() for sampled in (False, True)}
         self.times = self._times[False]  # those of the batch that was last asked about
-        self._prompts: dict[int, PromptSteps] = {}  # by batch size
         self.mode, self.fixed = AUTO, max_draft_tokens
         self._trial: Trial | None = None
         self.new_head(prior_rates)
@@ -88,7 +86,6 @@ class Policy:
 
     def calibrated(self) -> None:
         """All steps so far were made up: of their times the shares count, not the level."""
-        self._prompts.clear()
         for times in self._times.values():
             times.were_others()
 
@@ -140,10 +137,6 @@ class Policy:
         if self._trial is not None:
             self._trial.num_timed += self._trial.width == num_draft_tokens
         self._times[sampled].observe(batch, num_draft_tokens, seconds)
-
-    def observe_output(self, batch: int, num_tokens: int, reads_prompts: bool = False) -> None:
-        """A step of ``batch`` sequences put out so many tokens; ``reads_prompts``: it did not only decode."""
-        self._prompts.setdefault(bucket(batch), PromptSteps()).observe(batch, num_tokens, reads_prompts)
 
     def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
         """K for the next step at this batch size; called once a step.
@@ -226,13 +219,7 @@ class Policy:
         """Expected tokens per second of one sequence for each K; None while a step's time is unknown everywhere."""
         size = self.times.nearest(batch, self.max_draft_tokens)
         seconds = self.times.estimates(size, self.max_draft_tokens)
-        return [self._goodput(batch, k, each) if each else None for k, each in enumerate(seconds)]
-
-    def _goodput(self, batch: int, width: int, seconds: float, imagined: float = 0.0) -> float:
-        """Of K with decode steps of so many seconds; ``imagined``: acceptances added to those that were seen."""
-        prompts = self._prompts.get(bucket(batch))
-        steps_per_token = 1 / self.acceptance.expected_tokens(width, imagined) + (prompts.per_token if prompts else 0.0)
-        return 1 / (seconds * steps_per_token)
+        return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
 
     def _hoped_for(self, batch: int, goodputs: Sequence[float | None]) -> dict[int, float]:
         """Each other K's goodput, were it as fast as it may be by what is known of it."""
@@ -254,7 +241,7 @@ class Policy:
         if not trial.num_timed:  # its time may be what was wrong
             return False
         doubt = self.settings.benefit_of_doubt
-        goodputs = [self._goodput(batch, k, seconds, doubt if k else 0.0) for k, seconds in known]
+        goodputs = [self.acceptance.expected_tokens(k, doubt if k else 0.0) / seconds for k, seconds in known]
         return max(goodputs[1:]) < goodputs[0]
 
     def _steps_of_probe(self, batch: int) -> int:

@@ -371,25 +371,3 @@ def test_however_load_acceptance_and_cost_change_it_stays_near_the_best(changes,
         engine.cost = lambda batch, width, dearness=dearness: 0.02 * (1 + dearness * width / K)
         engine.run(2000, batch, (rate,) * K)
     assert engine.against_oracle > 0.75 and engine.against_plain > 0.9
-
-
-@pytest.mark.parametrize(("tokens_between_prompts", "best"), [(4000, 3), (16, 1)])
-def test_steps_that_read_prompts_count_where_they_are_many(tokens_between_prompts, best):
-    """K = 3 decodes 5 % faster than K = 1, which is 5 % better where answers are very short."""
-    seconds, rates, rng = (0.0355, 0.0428, 0.0500, 0.0513), (0.518, 0.494, 0.51), random.Random(0)
-    policy, before, chosen = Policy(K, rates), 0, []
-    until_prompt = 0.0
-    for _ in range(3000):
-        width = policy.choose(8)
-        accepted = [next((n for n in range(before) if rng.random() > rates[n]), before) for _ in range(8)]
-        for n in accepted if before else []:
-            policy.observe_draft(before, n)
-        until_prompt -= 8 + sum(accepted)
-        policy.observe_output(8, 8 + sum(accepted), reads_prompts=until_prompt < 0)
-        if until_prompt < 0:
-            until_prompt += tokens_between_prompts
-        elif before == width:
-            policy.observe_step(8, width, seconds[width] * rng.gauss(1, 0.03))
-        before = width
-        chosen.append(policy.chosen)
-    assert chosen[1000:].count(best) > 0.8 * 2000

@@ -172,18 +172,6 @@ def test_an_empty_step_says_nothing_of_what_comes_after_it(control, width):
     assert control.policy.times.estimates(1, 3)[width] == pytest.approx(0.05)
 
 
-def test_steps_that_read_prompts_are_counted_and_lower_what_wide_drafts_promise(control):
-    for width, seconds in ((0, 0.05), (3, 0.08)):
-        for _ in range(6):
-            run(control, step(2, width, width), seconds)
-    plain, *_, wide = control.policy._goodputs(2)
-    for _ in range(100):
-        run(control, step(2, 3, 3, new=1, prompt=5), 0.3)
-    assert control.policy.times.estimate(2, 3) == pytest.approx(0.08, rel=0.01)
-    plain_beside, *_, wide_beside = control.policy._goodputs(2)
-    assert wide_beside / plain_beside < 0.9 * wide / plain
-
-
 def test_steps_with_sampled_sequences_are_timed_apart(control):
     control.added("r1", sampling(temperature=0.6))
     for batch, seconds in ((2, 0.2), (2, 0.2), (2, 0.2), (1, 0.05), (1, 0.05), (1, 0.05)):  # r0 alone is greedy
