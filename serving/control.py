@@ -31,8 +31,7 @@ class Step(NamedTuple):
     begun_sec: float
     asked: int  # K of the step before, whose drafts this one verifies
     width: int  # K
-    batch: int = 0  # sequences
-    only_decodes: bool = False
+    batch: int = 0  # sequences, if it only decodes
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
     sampled: bool = False  # not all of them are greedy
@@ -125,13 +124,13 @@ class Control:
         lengths[0] += len(tokens) - len(drafts)
         num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())
         if not tokens or output.scheduled_new_reqs or sum(tokens.values()) != num_decoded:
-            self._steps.append(Step(begun_sec, asked, width, len(tokens)))
+            self._steps.append(Step(begun_sec, asked, width))
             return
         # A lookup drafts what it finds. Its steps are timed as they come, and what it did not find counts as rejected.
         steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
         num_without = lengths[0] if asked and not self.pinned else 0
         sampled = not self.sampled.isdisjoint(tokens)
-        self._steps.append(Step(begun_sec, asked, width, len(tokens), True, steady, num_without, sampled))
+        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without, sampled))
 
     def finished(self, request: Any) -> None:
         """A request has ended."""
@@ -163,7 +162,7 @@ class Control:
             self._record()
         if self.watch is not None and self.watch.verdict is not None:
             self.on_verdict()
-        if step.only_decodes:
+        if step.batch:
             waited = self._ended_sec is None or step.begun_sec - self._ended_sec > IDLE_SEC
             seconds = now - (step.begun_sec if waited or self._ended_sec is None else self._ended_sec)
             self._time(step, seconds)

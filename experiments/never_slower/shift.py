@@ -26,7 +26,7 @@ from experiments.never_slower.steady import (
     servers,
     shift_path,
     timeline_path,
-)  # fmt: skip
+)
 from experiments.never_slower.verdict import best_table
 from specdec.evaluation.arm_specs import ArmSpec
 from specdec.evaluation.arms import Arm, open_arms
