@@ -7,8 +7,10 @@
 # `rm -r runs/never_slower ~/.cache/specdec/step_times` starts anew, as on a machine that knows nothing of the head.
 # What servers that do the same differ by, which no policy can better: `python experiments/never_slower/control.py --head
 # HEAD_DIR` (ten minutes more), then `python experiments/never_slower/verdict.py`.
-# Scaled down from a real study in tokens a request, requests (PASSES times as many), lives.
-#   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS [LIVES]]]]   (default: the demo's head, 2, 64, 1)
+# Scaled down from a real study in tokens a request (a reasoning model writes thousands; the shorter, the more steps read
+# prompts, and the more it counts that a longer step leaves the place of an ended request empty for longer), requests
+# (PASSES times as many), lives.
+#   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS [LIVES]]]]   (default: the demo's head, 1, 128, 1)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 head=${1:-runs/demo/head}
@@ -16,6 +18,6 @@ python=.venv/bin/python
 [ -x "$python" ] || python=python3
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 "$python" experiments/never_slower/overhead.py --head "$head"
-"$python" experiments/never_slower/steady.py --head "$head" --passes "${2:-2}" --tokens "${3:-64}" --lives "${4:-1}"
+"$python" experiments/never_slower/steady.py --head "$head" --passes "${2:-1}" --tokens "${3:-128}" --lives "${4:-1}"
 "$python" experiments/never_slower/shift.py --head "$head" --lives "${4:-1}"
 "$python" experiments/never_slower/verdict.py

@@ -147,8 +147,8 @@ async def _measure(arms: Started, load: Load) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", type=Path, required=True)
-    parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--lives", type=int, default=1)
     options = parser.parse_args()
     specs, config = servers(options.head, randomised(options.head, WORK / "random_head"), num_seqs=max(LOADS))
