@@ -77,6 +77,7 @@ def make(rows: Iterable[int]) -> None:
     of_each_kind = {(handler.k, handler.n, handler.dtype): handler for handler in _matrices}.values()
     for number in rows:
         if time.monotonic() - begun_sec > LONGEST_SEC:
+            logger.info("specdec: those of %d tokens a step and more are made as they come", number)
             break
         for handler in of_each_kind:
             _custom_ops.onednn_mm(handler, torch.zeros(number, handler.k, dtype=handler.dtype), None)

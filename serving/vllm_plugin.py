@@ -89,13 +89,7 @@ def register() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
     _patch_rejection(cpu_triton_utils)
     if in_worker:
-        from vllm import _custom_ops
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-        CPUModelRunner.warming_up_model = with_kernels(without_garbage(unpinned(CPUModelRunner.warming_up_model)))
-        CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
-        keep_fewer_twice()
-        _custom_ops.create_onednn_mm = with_more_rows(_custom_ops.create_onednn_mm)
+        _patch_cpu_runner()
         _patch_top_p()
         _patch_verification()
 
@@ -136,6 +130,17 @@ def _patch_speculator() -> None:
     if not hasattr(TargetDependentARSpeculator.propose, "specdec"):  # else: loaded before
         TargetDependentARSpeculator.propose = with_rest(TargetDependentARSpeculator.propose)
         TargetDependentARSpeculator.propose.specdec = True
+
+
+def _patch_cpu_runner() -> None:
+    from vllm import _custom_ops
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    keep_fewer_twice()
+    if not hasattr(_custom_ops.create_onednn_mm, "__wrapped__"):  # else: loaded before
+        CPUModelRunner.warming_up_model = with_kernels(without_garbage(unpinned(CPUModelRunner.warming_up_model)))
+        CPUModelRunner._bookkeeping_sync = with_restarted_generators(CPUModelRunner._bookkeeping_sync)
+        _custom_ops.create_onednn_mm = with_more_rows(_custom_ops.create_onednn_mm)
 
 
 def _patch_top_p() -> None:

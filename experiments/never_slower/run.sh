@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Is the policy ever slower than plain decode, or than the best fixed K? A trained and a random head, at constant load
 # (concurrency 1 to 32, greedy and T = 0.6), and a load whose prompts change to another domain and back. The servers share
-# the machine in short slices, so that what else happens on it meets all of them alike. About 85 minutes on 2 cores and
-# 20 GB of memory, and 75 for each further life of the servers, which starts from the step times that the one before it
+# the machine in short slices, so that what else happens on it meets all of them alike. About 65 minutes on 2 cores and
+# 20 GB of memory, and 60 for each further life of the servers, which starts from the step times that the one before it
 # learned; an interrupted run goes on, more lives add to one that is finished, and
 # `rm -r runs/never_slower ~/.cache/specdec/step_times` starts anew, as on a machine that knows nothing of the head.
 # What servers that do the same differ by, which no policy can better: `python experiments/never_slower/control.py --head

@@ -11,6 +11,7 @@ import torch
 
 from serving.nucleus import without_sort
 from serving.vllm_plugin import (
+    _patch_cpu_runner,
     any_length,
     any_width,
     expand,
@@ -80,6 +81,26 @@ def test_garbage_is_collected_before_the_compiler_traces():
     finally:
         gc.enable()
     assert released == ["handler", "compiled"]
+
+
+def test_plugins_that_are_loaded_twice_change_the_cpu_runner_once(monkeypatch):
+    platforms = pytest.importorskip("vllm.platforms", reason="needs vLLM")
+    if not platforms.current_platform.is_cpu():
+        pytest.skip("the runner is the CPU build's")
+    from vllm import _custom_ops
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    for owner, name in (
+        (_custom_ops, "create_onednn_mm"), (CPUModelRunner, "warming_up_model"), (CPUModelRunner, "_bookkeeping_sync")
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    theirs = _custom_ops.create_onednn_mm, CPUModelRunner.warming_up_model, CPUModelRunner._bookkeeping_sync
+    _patch_cpu_runner()
+    once = _custom_ops.create_onednn_mm, CPUModelRunner.warming_up_model, CPUModelRunner._bookkeeping_sync
+    assert not set(once) & set(theirs)
+    _patch_cpu_runner()
+    assert once == (_custom_ops.create_onednn_mm, CPUModelRunner.warming_up_model, CPUModelRunner._bookkeeping_sync)
 
 
 def medusa_with_a_truncated_vocabulary():
