@@ -8,8 +8,7 @@
 # What servers that do the same differ by, which no policy can better: `python experiments/never_slower/control.py --head
 # HEAD_DIR` (ten minutes more), then `python experiments/never_slower/verdict.py`.
 # Scaled down from a real study in tokens a request (a reasoning model writes thousands; the shorter, the more steps read
-# prompts, and the more it counts that a longer step leaves the place of an ended request empty for longer), requests
-# (PASSES times as many), lives.
+# prompts), requests (PASSES times as many), lives.
 #   experiments/never_slower/run.sh [HEAD_DIR [PASSES [TOKENS [LIVES]]]]   (default: the demo's head, 1, 128, 1)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

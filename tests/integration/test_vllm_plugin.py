@@ -91,7 +91,9 @@ def test_plugins_that_are_loaded_twice_change_the_cpu_runner_once(monkeypatch):
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     for owner, name in (
-        (_custom_ops, "create_onednn_mm"), (CPUModelRunner, "warming_up_model"), (CPUModelRunner, "_bookkeeping_sync")
+        (_custom_ops, "create_onednn_mm"),
+        (CPUModelRunner, "warming_up_model"),
+        (CPUModelRunner, "_bookkeeping_sync"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
