@@ -275,7 +275,6 @@ class Control:
                 "acceptance_length": self.monitor.drift.trained_length if self.trained_rates else None,
                 "conditional_rates": self.trained_rates,
             },
-            "plain_tok_per_sec": self._plain_tok_per_sec(self.monitor.batch),
             "reason": safe_reason or self.monitor.drift.reason or self._policy_reason(),
             "uptime_sec": self._now(),
             **figures,
@@ -304,9 +303,7 @@ class Control:
         return self.policy.max_draft_tokens if self.policy is not None else 0
 
     def _plain_tok_per_sec(self, batch: int) -> float | None:
-        if self.policy is None:
-            return self.monitor.goodput_tok_per_sec
-        seconds = self.policy.times.estimate(batch, 0) if batch else None
+        seconds = self.policy.times.estimate(batch, 0) if self.policy is not None else None
         return batch / seconds if seconds else None
 
     def _now(self) -> float:

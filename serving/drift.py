@@ -13,50 +13,60 @@ from collections.abc import Sequence
 
 LOSS = 0.3  # of each conditional rate: what is worth an alarm
 THRESHOLD = 20.0  # nats; wide, because the drafts of one conversation resemble each other
-REPORTED_DRAFTS = 500.0  # that the rate in the reason is averaged over
+REPORTED_DRAFTS = 500.0  # that the rates in the reason are averaged over
 
 
 class DriftDetector:
-    """``reason`` is a sentence while the alarm lasts, else None."""
+    """Told of every draft; ``is_on`` while the alarm lasts."""
 
     def __init__(self, trained_rates: Sequence[float]) -> None:
         self.trained = [min(max(rate, 0.02), 0.98) for rate in trained_rates]
         # Log likelihood ratios, bad over good.
         self._accepted = [math.log(1 - LOSS)] * len(self.trained)
         self._rejected = [math.log((1 - (1 - LOSS) * rate) / (1 - rate)) for rate in self.trained]
-        self.reason: str | None = None
+        self.is_on = False
         self._sum = 0.0
-        self._length: float | None = None
+        self._num_reached, self._num_accepted = ([0.0] * len(self.trained) for _ in range(2))  # of the last drafts
 
     @property
     def trained_length(self) -> float:
         """τ that the trained rates give."""
-        length = reached = 1.0
-        for rate in self.trained:
-            reached *= rate
-            length += reached
-        return length
+        return _length(self.trained)
+
+    @property
+    def reason(self) -> str | None:
+        """A sentence while the alarm lasts, with τ by what is accepted now, of drafts as long as the trained rates."""
+        if not self.is_on:
+            return None
+        counts = zip(self._num_accepted, self._num_reached, self.trained, strict=True)
+        now = _length([accepted / reached if reached else trained for accepted, reached, trained in counts])
+        return (
+            f"the acceptance length is about {now:.2f}, training measured {self.trained_length:.2f}: other prompts "
+            "than the head was trained on, another sampling temperature, or another target"
+        )
 
     def observe(self, num_drafted: int, num_accepted: int, count: int = 1) -> bool:
         """``count`` like drafts; True when the alarm begins or ends with them."""
         width = len(self.trained)
-        if num_drafted >= width:
-            new = 1.0 + min(num_accepted, width)
-            old = new if self._length is None else self._length
-            self._length = old + (new - old) * min(1.0, count / REPORTED_DRAFTS)
+        keep = (1 - 1 / REPORTED_DRAFTS) ** count
+        weight = (1 - keep) * REPORTED_DRAFTS
+        for i in range(min(num_drafted, num_accepted + 1, width)):
+            self._num_reached[i] = keep * self._num_reached[i] + weight
+            self._num_accepted[i] = keep * self._num_accepted[i] + weight * (i < num_accepted)
         evidence = sum(self._accepted[: min(num_drafted, num_accepted)])
         if num_accepted < min(num_drafted, width):
             evidence += self._rejected[num_accepted]
-        self._sum = max(0.0, self._sum + count * (-evidence if self.reason else evidence))
+        self._sum = max(0.0, self._sum + count * (-evidence if self.is_on else evidence))
         if self._sum < THRESHOLD:
             return False
         self._sum = 0.0
-        self.reason = None if self.reason else self._describe()
+        self.is_on = not self.is_on
         return True
 
-    def _describe(self) -> str:
-        measured = f"about {self._length:.2f}" if self._length is not None else "lower"
-        return (
-            f"the acceptance length is {measured}, training measured {self.trained_length:.2f}: other prompts than the "
-            "head was trained on, another sampling temperature, or another target"
-        )
+
+def _length(conditional_rates: Sequence[float]) -> float:
+    length = reached = 1.0
+    for rate in conditional_rates:
+        reached *= rate
+        length += reached
+    return length

@@ -101,6 +101,8 @@ class Monitor:
         self.history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._recent_tokens = self._recent_sec = self._recent_sequences = 0.0
+        self._recent_plain_tokens = self._recent_plain_sec = 0.0  # of steps whose plain speed is known
+        self._plain_of: dict[int, float | None] = {}  # by batch size, for a second
 
     def new_head(self, trained_rates: Sequence[float]) -> None:
         """Another head drafts from now on: recent acceptance and drift begin anew, totals go on."""
@@ -126,7 +128,7 @@ class Monitor:
     ) -> None:
         """A step that only decoded; ``plain``: tokens per second that plain decode would give a batch, None: unknown.
 
-        Asked once a second, for that is an estimate of some microseconds.
+        Asked once a second for each batch size, for that is an estimate of some microseconds.
         """
         self.k_histogram[num_draft_tokens] += 1
         self.num_output_tokens += num_tokens
@@ -138,12 +140,20 @@ class Monitor:
         self._recent_tokens = keep * self._recent_tokens + num_tokens
         self._recent_sec = keep * self._recent_sec + seconds
         self._recent_sequences = keep * self._recent_sequences + batch
-        if not self.history or at_sec - self.history[-1]["at_sec"] >= HISTORY_SEC:
+        is_new_point = not self.history or at_sec - self.history[-1]["at_sec"] >= HISTORY_SEC
+        if is_new_point:
+            self._plain_of.clear()
+        if batch not in self._plain_of:
+            self._plain_of[batch] = plain(batch)
+        speed = self._plain_of[batch]
+        self._recent_plain_tokens = keep * self._recent_plain_tokens + (num_tokens if speed else 0)
+        self._recent_plain_sec = keep * self._recent_plain_sec + (num_tokens / speed if speed else 0.0)
+        if is_new_point:
             point = {
                 "at_sec": at_sec,
                 "num_speculative_tokens": num_draft_tokens,
                 "goodput_tok_per_sec": self.goodput_tok_per_sec,
-                "plain_tok_per_sec": plain(batch),
+                "plain_tok_per_sec": self.plain_tok_per_sec,
                 "acceptance_length": self.recent.acceptance_length,
                 "batch": batch,
             }
@@ -160,6 +170,13 @@ class Monitor:
         return self._recent_tokens / self._recent_sec if self._recent_sec else None
 
     @property
+    def plain_tok_per_sec(self) -> float | None:
+        """What plain decode would give for the same tokens in batches as large as theirs were."""
+        if self.max_draft_tokens == 0:
+            return self.goodput_tok_per_sec
+        return self._recent_plain_tokens / self._recent_plain_sec if self._recent_plain_sec else None
+
+    @property
     def tokens_per_step(self) -> float | None:
         """Of one sequence; unlike τ, steps without a draft count."""
         return self._recent_tokens / self._recent_sequences if self._recent_sequences else None
@@ -172,8 +189,9 @@ class Monitor:
             "conditional_rates": self.recent.conditional_rates,
             "tokens_per_step": self.tokens_per_step,
             "goodput_tok_per_sec": self.goodput_tok_per_sec,
+            "plain_tok_per_sec": self.plain_tok_per_sec,
             "fallback_share": self.fallback_sec / self.decode_sec if self.decode_sec else None,
-            "alarm": "drift" if self.drift.reason else None,
+            "alarm": "drift" if self.drift.is_on else None,
             "batch": self.batch,
             "k_histogram": {str(k): count for k, count in sorted(self.k_histogram.items())},
             "totals": {

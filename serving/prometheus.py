@@ -98,7 +98,11 @@ GAUGES = (
     Figure(
         "goodput_tok_per_sec", "Output tokens per second of engine decode time; recent.", _at("goodput_tok_per_sec")
     ),
-    Figure("plain_tok_per_sec", "What plain decode gives at this batch size.", _at("plain_tok_per_sec")),
+    Figure(
+        "plain_tok_per_sec",
+        "What plain decode would give for the same tokens at the same batch sizes; recent.",
+        _at("plain_tok_per_sec"),
+    ),
     Figure("fallback_share", "Share of decode time spent at K = 0, since the start.", _at("fallback_share")),
     Figure("batch", "Sequences in the last step.", _at("batch")),
     Figure("alarm", "1 while an alarm is on.", lambda status: int(status.get("alarm") is not None)),

@@ -72,6 +72,41 @@ def test_status_has_every_figure_and_is_json():
     assert len(status["history"]) == 1  # one point a second
 
 
+def test_goodput_stands_against_plain_decode_of_the_same_batch_sizes():
+    monitor, asked = Monitor(3), []
+
+    def plain(batch: int) -> float:
+        asked.append(batch)
+        return 25.0 * batch
+
+    for step in range(40):
+        monitor.observe_step(4, 2, 0.1, 16, 0.1 * step, plain)  # 160 tokens/s where plain decode gives 100
+    for step in range(40, 60):
+        monitor.observe_step(1, 2, 0.1, 4, 0.1 * step, plain)  # 40, 25
+        assert monitor.goodput_tok_per_sec / monitor.plain_tok_per_sec == pytest.approx(1.6)
+    assert 40 < monitor.goodput_tok_per_sec < 160
+    assert len(asked) <= 7  # an estimate is dear: once a second for each size
+    last = monitor.status()["history"][-1]
+    assert last["goodput_tok_per_sec"] / last["plain_tok_per_sec"] == pytest.approx(1.6, abs=0.001)
+
+
+def test_plain_speed_that_is_not_known_is_not_made_up():
+    monitor = Monitor(3)
+    monitor.observe_step(2, 3, 0.1, 8, 0.0, lambda batch: None)
+    assert monitor.status()["plain_tok_per_sec"] is None
+    for step in range(1, 20):
+        monitor.observe_step(4, 3, 0.1, 16, 0.1 * step, {2: None, 4: 100.0}.get)
+    assert monitor.status()["plain_tok_per_sec"] == pytest.approx(100.0)
+
+
+def test_a_server_without_a_head_is_as_fast_as_plain_decode():
+    monitor = Monitor(0)
+    for step in range(20):
+        monitor.observe_step(4, 0, 0.1 + 0.01 * step, 4, float(step), lambda batch: None)
+    status = monitor.status()
+    assert status["plain_tok_per_sec"] == status["goodput_tok_per_sec"] > 0
+
+
 def test_history_and_events_are_bounded():
     monitor = Monitor(1)
     for second in range(2 * MAX_HISTORY):
@@ -123,6 +158,18 @@ def test_the_alarm_ends_when_acceptance_is_back_and_names_both_figures():
     assert "2.27" in (detector.reason or "")  # 1 + 0.6 + 0.42 + 0.252
     changes = [detector.observe(3, accepted) for accepted in drafts(TRAINED, 3000, 3, seed=1)]
     assert changes.count(True) == 1 and detector.reason is None
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_while_the_alarm_lasts_it_says_what_is_accepted_now(width):
+    # Where only the first is drafted the others are taken to be as trained.
+    length = 1 + 0.3 * (1 + 0.4 * 1.4) if width == 3 else 1 + 0.3 * (1 + 0.7 * 1.6)
+    for seed in range(5):
+        detector = DriftDetector(TRAINED)
+        for accepted in drafts([0.3, 0.4, 0.4], 400, width, seed):
+            detector.observe(width, accepted)
+        told = float((detector.reason or "").split("about ")[1].split(",")[0])
+        assert told == pytest.approx(length, abs=0.15)
 
 
 def test_without_trained_figures_there_is_nothing_to_drift_from():
