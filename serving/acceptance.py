@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 DOUBT, DOUBT_DRAFTS = 2.5, 4  # standard deviations, and drafts that must have been seen
@@ -67,8 +68,14 @@ class AcceptanceModel:
 
     def expected_tokens(self, num_draft_tokens: int, imagined: float = 0.0) -> float:
         """Tokens a sequence gains in a step, its bonus token included. ``imagined``: acceptances added everywhere."""
-        expected = reached = 1.0
-        for hits, tries in zip(self.hits[:num_draft_tokens], self.tries, strict=False):
-            reached *= (hits + imagined) / (tries + imagined)
-            expected += reached
-        return expected
+        counts = zip(self.hits[:num_draft_tokens], self.tries, strict=False)
+        return expected_length((hits + imagined) / (tries + imagined) for hits, tries in counts)
+
+
+def expected_length(conditional_rates: Iterable[float]) -> float:
+    """Tokens of a draft as long as the rates, its bonus token included: 1 + c1 + c1 c2 + ..."""
+    expected = reached = 1.0
+    for rate in conditional_rates:
+        reached *= rate
+        expected += reached
+    return expected

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from serving.acceptance import expected_length
+
 LOSS = 0.3  # of each conditional rate: what is worth an alarm
 THRESHOLD = 20.0  # nats; wide, because the drafts of one conversation resemble each other
 REPORTED_DRAFTS = 500.0  # that the rates in the reason are averaged over
@@ -31,7 +33,7 @@ class DriftDetector:
     @property
     def trained_length(self) -> float:
         """τ that the trained rates give."""
-        return _length(self.trained)
+        return expected_length(self.trained)
 
     @property
     def reason(self) -> str | None:
@@ -39,7 +41,7 @@ class DriftDetector:
         if not self.is_on:
             return None
         counts = zip(self._num_accepted, self._num_reached, self.trained, strict=True)
-        now = _length([accepted / reached if reached else trained for accepted, reached, trained in counts])
+        now = expected_length([accepted / reached if reached else trained for accepted, reached, trained in counts])
         return (
             f"the acceptance length is about {now:.2f}, training measured {self.trained_length:.2f}: other prompts "
             "than the head was trained on, another sampling temperature, or another target"
@@ -62,11 +64,3 @@ class DriftDetector:
         self._sum = 0.0
         self.is_on = not self.is_on
         return True
-
-
-def _length(conditional_rates: Sequence[float]) -> float:
-    length = reached = 1.0
-    for rate in conditional_rates:
-        reached *= rate
-        length += reached
-    return length

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from serving.head_watch import KEPT, LEAST_DRAFTS, MAX_DRAFTS, WINDOW, WORSE, HeadWatch, expected_length
+from serving.head_watch import KEPT, LEAST_DRAFTS, MAX_DRAFTS, WINDOW, WORSE, HeadWatch, full_length
 from serving.monitor import DraftRates
 
 DRAFTS_PER_REQUEST = 25
@@ -108,8 +108,8 @@ def test_a_watch_ends_also_where_one_request_drafts_alone(num_accepted, verdict)
     assert watch.verdict == verdict and watch.new.num_drafts == MAX_DRAFTS, "nothing counts after the verdict"
 
 
-def test_expected_length_is_that_of_full_drafts():
+def test_full_length_is_that_of_full_drafts():
     counts = DraftRates(2)
     counts.record(2, 2)
     counts.record(1, 0)
-    assert expected_length(counts) == 1 + 0.5 + 0.5
+    assert full_length(counts) == 1 + 0.5 + 0.5
