@@ -5,12 +5,13 @@ each candidate K is judged by the tokens a second that a sequence is expected to
 
     goodput(K) = E(K) / T(batch, K),    E(K) = 1 + c1 + c1 c2 + ... + c1 ... cK,
 
-with c the conditional acceptance rates of the last drafts and T the typical time of decode steps (a machine's pauses
-have nothing to do with K). K = 0 is plain decode. Steps that also read prompts do not count: what prompts cost for each
-token that is put out is much the same for every K (measured, ``experiments/LOG.md``). What is not known is tried (once
-per batch size, a few steps each; until that succeeds, the nearest batch size that is known decides), what may have
-changed is tried again: soon after a change, for a first trial may have met a cold or busy machine, and then further and
-further apart, until trials cost next to nothing. Pure Python; knows no server.
+with c the conditional acceptance rates of the last drafts (the first one as it is with this K, see ``AcceptanceModel``)
+and T the typical time of decode steps (a machine's pauses have nothing to do with K). K = 0 is plain decode. Steps that
+also read prompts do not count: what prompts cost for each token that is put out is much the same for every K (measured,
+``experiments/LOG.md``). What is not known is tried (once per batch size, a few steps each; until that succeeds, the
+nearest batch size that is known decides), what may have changed is tried again: soon after a change, for a first trial
+may have met a cold or busy machine, and then further and further apart, until trials cost next to nothing. Pure Python;
+knows no server.
 """
 
 from __future__ import annotations
