@@ -104,8 +104,10 @@ class Policy:
 
     @property
     def timed_batch_sizes(self) -> list[int]:
-        """Powers of two."""
-        return sorted(set().union(*(times.timed_sizes(self.max_draft_tokens) for times in self._times.values())))
+        """Powers of two, in two turns of a calibration at least: after a single one two K are known to 10 %."""
+        num_times = 2 * ((self.settings.trial_steps - 1) // self.settings.steps_per_time)
+        known = (times.timed_sizes(self.max_draft_tokens, num_times) for times in self._times.values())
+        return sorted(set().union(*known))
 
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.

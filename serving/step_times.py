@@ -198,9 +198,10 @@ class StepTimes:
         self._noise, self._sizes = max(LEAST_NOISE**2, float(tree["noise"])), sizes
         self.were_others()
 
-    def timed_sizes(self, max_draft_tokens: int) -> set[int]:
-        """Batch sizes whose plain and widest steps are known."""
-        return {size for size, each in self._sizes.items() if {0, max_draft_tokens} <= each.place.keys()}
+    def timed_sizes(self, max_draft_tokens: int, num_steps: int = 1) -> set[int]:
+        """Batch sizes of whose plain and widest steps as many were timed."""
+        ends = 0, max_draft_tokens
+        return {size for size in self._sizes if min(self.num_observed(size, k) for k in ends) >= num_steps}
 
     def doubt(self, batch: int, num_draft_tokens: int) -> None:
         """What was measured of this K counts the less, the more the machine's speed has changed since."""

@@ -53,6 +53,16 @@ def test_the_next_server_knows_what_this_one_learned(tmp_path):
     assert after.policy.chosen == 1, after.policy.reason
 
 
+def test_what_a_single_short_turn_told_is_timed_again_by_the_next_server():
+    policy = Policy(K)
+    for num_steps in (5, 10):
+        for width in (K, 0):
+            for _ in range(5):
+                policy.observe_step(4, width, 0.02 + 0.005 * width)
+        assert policy.timed_batch_sizes == ([4] if num_steps == 10 else [])
+    assert policy.times.estimate(4, K) == pytest.approx(0.035, rel=0.01)
+
+
 def test_the_next_server_soon_learns_that_the_machine_is_slower(tmp_path):
     path = tmp_path / "times.json"
     path.write_text(json.dumps(taught(Policy(K)).times_as_json()))
