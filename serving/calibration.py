@@ -2,10 +2,10 @@
 
 At each batch size the policy tries what it has no time of. Here it does so at start-up, on made-up requests: some
 rounds over all sizes that no server before it timed twice (``serving.kept_times``), each with a turn of every K, so
-that a moment when the machine is slow meets no K alone, and a machine on which ``LONGEST_SEC`` are too short for all rounds
-has timed most sizes in the first. Others are tried when they first occur, by their plain and widest steps alone. What
-the policy learns of time stays, but for its level, which the first served steps set: made-up ones are shorter, those of
-all K much alike. What was accepted says nothing, and is forgotten.
+that a moment when the machine is slow meets no K alone, and a machine on which ``LONGEST_SEC`` are too short for all
+rounds has timed most sizes in the first. Others are tried when they first occur, by their plain and widest steps alone.
+What the policy learns of time stays, but for its level, which the first served steps set: made-up ones are shorter,
+those of all K much alike. What was accepted says nothing, and is forgotten.
 """
 
 from __future__ import annotations
