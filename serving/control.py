@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from serving.draft_rates import DraftRates
 from serving.head_watch import WINDOW, HeadWatch
 from serving.kept_times import KeptTimes
-from serving.monitor import Draft, DraftRates, Monitor, SpanTracker, position_bucket
+from serving.monitor import Draft, Monitor, SpanTracker, position_bucket
 from serving.policy import AUTO, FIXED, OFF, Policy, parse_policy
 from serving.step_times import bucket
 from serving.traffic import TrafficLog

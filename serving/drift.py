@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from serving.acceptance import expected_length
+from serving.draft_rates import DraftRates
 
 LOSS = 0.3  # of each conditional rate: what is worth an alarm
 THRESHOLD = 20.0  # nats; wide, because the drafts of one conversation resemble each other
@@ -28,7 +29,7 @@ class DriftDetector:
         self._rejected = [math.log((1 - (1 - LOSS) * rate) / (1 - rate)) for rate in self.trained]
         self.is_on = False
         self._sum = 0.0
-        self._num_reached, self._num_accepted = ([0.0] * len(self.trained) for _ in range(2))  # of the last drafts
+        self._lately = DraftRates(len(self.trained), REPORTED_DRAFTS)
 
     @property
     def trained_length(self) -> float:
@@ -40,8 +41,8 @@ class DriftDetector:
         """A sentence while the alarm lasts, with τ by what is accepted now, of drafts as long as the trained rates."""
         if not self.is_on:
             return None
-        counts = zip(self._num_accepted, self._num_reached, self.trained, strict=True)
-        now = expected_length([accepted / reached if reached else trained for accepted, reached, trained in counts])
+        rates = zip(self._lately.conditional_rates, self.trained, strict=True)
+        now = expected_length(trained if lately is None else lately for lately, trained in rates)
         return (
             f"the acceptance length is about {now:.2f}, training measured {self.trained_length:.2f}: other prompts "
             "than the head was trained on, another sampling temperature, or another target"
@@ -50,11 +51,7 @@ class DriftDetector:
     def observe(self, num_drafted: int, num_accepted: int, count: int = 1) -> bool:
         """``count`` like drafts; True when the alarm begins or ends with them."""
         width = len(self.trained)
-        keep = (1 - 1 / REPORTED_DRAFTS) ** count
-        weight = (1 - keep) * REPORTED_DRAFTS
-        for i in range(min(num_drafted, num_accepted + 1, width)):
-            self._num_reached[i] = keep * self._num_reached[i] + weight
-            self._num_accepted[i] = keep * self._num_accepted[i] + weight * (i < num_accepted)
+        self._lately.record(num_drafted, num_accepted, count)
         evidence = sum(self._accepted[: min(num_drafted, num_accepted)])
         if num_accepted < min(num_drafted, width):
             evidence += self._rejected[num_accepted]

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving import head_weights
+from serving.draft_rates import DraftRates
 from serving.head_watch import WORSE, HeadWatch
-from serving.monitor import DraftRates
 from serving.scheduler import command, forget_cached_prefixes
 
 logger = logging.getLogger("vllm.specdec")

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from serving.acceptance import expected_length
-from serving.monitor import DraftRates
+from serving.draft_rates import DraftRates
 
 LOSS = 0.15  # of each conditional rate
 THRESHOLD = 10.0  # nats
@@ -36,7 +35,7 @@ class HeadWatch:
         self.new = DraftRates(old.width)
         self.verdict: str | None = None
         self.reason: str | None = None
-        self._old_length = full_length(old)
+        self._old_length = old.full_length
         self._good = [
             _lower_bound(accepted, reached) for accepted, reached in zip(old.accepted, old.reached, strict=True)
         ]
@@ -74,12 +73,7 @@ class HeadWatch:
         self.verdict, self.reason = verdict, reason
 
     def _figures(self) -> str:
-        return f"from {self._old_length:.2f} to {full_length(self.new):.2f} in {round(self.new.num_drafts)} drafts"
-
-
-def full_length(rates: DraftRates) -> float:
-    """τ at the full width, whatever the widths of the drafts were."""
-    return expected_length(rate or 0.0 for rate in rates.conditional_rates)
+        return f"from {self._old_length:.2f} to {self.new.full_length:.2f} in {round(self.new.num_drafts)} drafts"
 
 
 def _lower_bound(accepted: float, reached: float) -> float:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from serving.head_watch import KEPT, LEAST_DRAFTS, MAX_DRAFTS, WINDOW, WORSE, HeadWatch, full_length
-from serving.monitor import DraftRates
+from serving.draft_rates import DraftRates
+from serving.head_watch import KEPT, LEAST_DRAFTS, MAX_DRAFTS, WINDOW, WORSE, HeadWatch
 
 DRAFTS_PER_REQUEST = 25
 OLD = [0.7, 0.6, 0.5]
@@ -112,4 +112,4 @@ def test_full_length_is_that_of_full_drafts():
     counts = DraftRates(2)
     counts.record(2, 2)
     counts.record(1, 0)
-    assert full_length(counts) == 1 + 0.5 + 0.5
+    assert counts.full_length == 1 + 0.5 + 0.5

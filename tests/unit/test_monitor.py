@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from serving.draft_rates import DraftRates
 from serving.drift import DriftDetector
-from serving.monitor import MAX_HISTORY, Draft, DraftRates, Monitor, SpanTracker, position_bucket
+from serving.monitor import MAX_HISTORY, Draft, Monitor, SpanTracker, position_bucket
 
 
 def drafts(rates, num_drafts: int, width: int, seed: int = 0):
