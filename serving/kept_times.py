@@ -2,7 +2,7 @@
 
 Step times are a matter of machine, target, head and flags, and two K that differ by a few per cent are told apart only
 by thousands of steps. So a start need not begin anew: its first requests are served with K from what was learned, and
-only batch sizes that nobody ever sent are timed on made-up requests (``serving.calibration``).
+only batch sizes of which that is little are timed on made-up requests (``serving.calibration``).
 """
 
 from __future__ import annotations
