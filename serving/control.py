@@ -155,9 +155,9 @@ class Control:
         step = self._steps.popleft() if self._steps else Step(now, 0, 0)
         if self.policy is not None:
             self._tries[step.asked, 0] += step.num_without
-            for (num_asked, num_accepted), count in self._tries.items():
-                if num_asked and count:
-                    self.policy.observe_draft(num_asked, num_accepted, count)
+            tries = {kind: count for kind, count in self._tries.items() if kind[0] and count}
+            if tries:
+                self.policy.observe_drafts(tries)
         self._tries.clear()
         if now - self._recorded_sec >= RECORD_SEC:
             self._record()

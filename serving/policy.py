@@ -125,11 +125,11 @@ class Policy:
         """K that is meant to be served; trials and probes leave it for a few steps."""
         return {OFF: 0, FIXED: self.fixed}.get(self.mode, self.chosen)
 
-    def observe_draft(self, num_drafted: int, num_accepted: int, count: int = 1) -> None:
-        """``count`` sequences' verifications of one kind."""
+    def observe_drafts(self, drafts: Mapping[tuple[int, int], int]) -> None:
+        """A step's verifications: of so many draft tokens, so many accepted -> of how many sequences."""
         if self._trial is not None:
-            self._trial.num_drafts += count
-        self.acceptance.observe(num_drafted, num_accepted, count)
+            self._trial.num_drafts += sum(drafts.values())
+        self.acceptance.observe(drafts)
 
     def observe_step(self, batch: int, num_draft_tokens: int, seconds: float, sampled: bool = False) -> None:
         """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again.
@@ -225,10 +225,14 @@ class Policy:
         return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
 
     def _hoped_for(self, batch: int, goodputs: Sequence[float | None]) -> dict[int, float]:
-        """Each other K's goodput, were it as fast as it may be by what is known of it."""
-        others = {k: value or 0.0 for k, value in enumerate(goodputs) if k != self.chosen}
-        hope, uncertainty = self.settings.hope, self.times.uncertainty
-        return {k: value * math.exp(hope * uncertainty(batch, k, self.chosen)) for k, value in others.items()}
+        """Each other K's goodput, were it as good as it may be by what is known of it."""
+
+        def hoped(width: int, goodput: float | None) -> float:
+            of_time = self.times.uncertainty(batch, width, self.chosen)
+            of_tokens = self.acceptance.uncertainty(width, self.chosen)
+            return (goodput or 0.0) * math.exp(self.settings.hope * math.hypot(of_time, of_tokens))
+
+        return {k: hoped(k, value) for k, value in enumerate(goodputs) if k != self.chosen}
 
     def _is_over(self, trial: Trial) -> bool:
         """Whether it has told enough. Steps that also read a prompt tell no time."""

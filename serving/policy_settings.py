@@ -24,8 +24,8 @@ class PolicySettings:
     min_recheck_steps: int = 16  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 256  # and at most
     recheck_share: float = 0.01  # of the time, that it may cost
-    hope: float = 1.0  # standard deviations by which the time of another K may be too long
-    acceptance_window: float = 128.0  # drafts that count, of each position
+    hope: float = 1.0  # standard deviations by which what is known of another K may be too bad
+    acceptance_window: float = 1024.0  # drafts that count, of each position, while the text stays as it is
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     max_moved: float = 2.0  # a time since which the machine's speed changed by more is measured again, be it early
     hopeless_drafts: int = 4  # after so many a probe may end early,

@@ -11,13 +11,15 @@ DRAFTING = 1.05  # a step that drafts takes so much longer, at least: a head run
 BORROWED = 2  # steps that a time counts for that is of another kind of batch
 FIRST_NOISE = 0.1  # standard deviation of the log of a step's time from one step to the next,
 LEAST_NOISE, NOISE_GAIN = 0.002, 0.02  # at least, and how fast it is learned
-DRIFT, OWN_DRIFT = 0.2, 3e-4  # variance that a step adds, in that of the noise: the machine's speed, and what a K takes
+DRIFT, OWN_DRIFT = 0.2, 3e-5  # variance that a step adds, in that of the noise: the machine's speed, and what a K takes
 MOST_DRIFT = 25.0  # of the machine's speed, after however many steps
 ODD = 3.0  # standard deviations by which a step is out of proportion
 MOVED_DOUBT = 0.1  # of how the K compare, for the log by which the machine's speed has changed since
 LENT_DOUBT = 0.04  # standard deviation of how the K compare for a batch of another kind, or of made-up requests,
+KEPT_DOUBT = 0.015  # or for another server,
 LENT_LEVEL = 0.5  # and of how long they all take
 UNKNOWN_UNCERTAINTY = 0.3  # of a K that was never timed with a batch of this kind
+ODD_SIZE = 0.1  # standard deviation of the log of a full batch's time that is told from one that is not full
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
@@ -50,17 +52,20 @@ class _Size:
         for i in range(1, len(self.state)):
             self.covariance[i][i] += OWN_DRIFT * count
 
-    def observe(self, width: int, log_sec: float, noise: float) -> float:
-        """A step. Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most."""
+    def observe(self, width: int, log_sec: float, noise: float, doubt: float) -> float:
+        """A step, whose variance is by ``doubt`` that of the noise and more.
+
+        Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most.
+        """
         self.num_steps[width] = self.num_steps.get(width, 0) + 1
         if width not in self.place:
             slowness = self.covariance[0]
-            self.begin(width, log_sec - self.state[0], [-each for each in slowness], 1.0 + slowness[0])
+            self.begin(width, log_sec - self.state[0], [-each for each in slowness], 1.0 + doubt + slowness[0])
             return 1.0
         i = self.place[width]
         off = log_sec - self.state[0] - self.state[i]
         gains = [row[0] + row[i] for row in self.covariance]
-        variance = gains[0] + gains[i] + 1.0
+        variance = gains[0] + gains[i] + 1.0 + doubt
         oddness = off * off / (variance * noise)
         excess = variance * max(0.0, oddness / ODD**2 - 1)
         variance += excess
@@ -80,11 +85,11 @@ class _Size:
         i = self.place[width]
         self.covariance[i][i] += log_sec**2 / noise
 
-    def were_others(self, noise: float) -> None:
+    def were_others(self, noise: float, doubt: float) -> None:
         """What is known is of another kind of steps: the K compare much as they do there, the level may be another."""
         self.covariance[0][0] += LENT_LEVEL**2 / noise
         for width in self.place:
-            self.doubt(width, LENT_DOUBT, noise)
+            self.doubt(width, doubt, noise)
 
     def lent(self, scale: float) -> _Size:
         """A copy, for batches of another kind, whose noise has a variance ``scale`` times as small."""
@@ -121,7 +126,8 @@ class _Size:
 class StepTimes:
     """Seconds of decode steps by batch size and K.
 
-    Batch sizes up to a power of two share their times: each counts as what it would have been at the full size.
+    Batch sizes up to a power of two share their times: each counts as what it would have been at the full size, and the
+    less for it: kernels may take longer for 31 sequences than for 32 (by 6 %, and with other K by 3; measured).
 
     On a shared machine steps differ by a fifth, for seconds at a time and whatever K is: two K that are timed one after
     the other cannot be told apart by their means or medians. By how much a step differs from those just before it tells
@@ -148,7 +154,9 @@ class StepTimes:
         self._num_steps += 1
         size.pass_steps(self._num_steps - size.last_step)
         size.last_step = self._num_steps
-        off = size.observe(num_draft_tokens, math.log(seconds / self._share_of_full(batch)), self._noise)
+        log_sec = math.log(seconds / self._share_of_full(batch))
+        doubt = 0.0 if batch == bucket(batch) else ODD_SIZE**2 / self._noise
+        off = size.observe(num_draft_tokens, log_sec, self._noise, doubt)
         self._noise = max(LEAST_NOISE**2, self._noise * (1 + NOISE_GAIN * (off - 1)))
 
     def _share_of_full(self, batch: int) -> float:
@@ -175,13 +183,13 @@ class StepTimes:
             self._noise = other._noise
         mine = self._sizes[bucket(batch)] = lender.lent(other._noise / self._noise)
         mine.last_step = self._num_steps
-        mine.were_others(self._noise)
+        mine.were_others(self._noise, LENT_DOUBT)
 
-    def were_others(self) -> None:
+    def were_others(self, doubt: float = LENT_DOUBT) -> None:
         """The steps observed so far had no user's text in them, which makes them shorter, those of all K alike, or were
         those of another server."""
         for size in self._sizes.values():
-            size.were_others(self._noise)
+            size.were_others(self._noise, doubt)
 
     def as_json(self) -> dict[str, Any]:
         """All that is known, for ``restore``."""
@@ -196,7 +204,7 @@ class StepTimes:
         """
         sizes = {int(batch): _Size.of_json(each) for batch, each in tree["sizes"].items()}
         self._noise, self._sizes = max(LEAST_NOISE**2, float(tree["noise"])), sizes
-        self.were_others()
+        self.were_others(KEPT_DOUBT)
 
     def timed_sizes(self, max_draft_tokens: int, num_steps: int = 1) -> set[int]:
         """Batch sizes of whose plain and widest steps as many were timed."""

@@ -70,7 +70,7 @@ class Engine:
                     accepted += 1
                 self.tokens += accepted + 1
                 if width:
-                    self.policy.observe_draft(width, accepted)
+                    self.policy.observe_drafts({(width, accepted): 1})
             if self.widths and self.widths[-1] == width:
                 self.policy.observe_step(batch, width, seconds)
             self.widths.append(width)

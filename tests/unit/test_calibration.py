@@ -98,7 +98,7 @@ def test_a_made_up_batch_times_every_width_in_turn_whatever_is_accepted():
     widths = []
     for _ in range(96):
         widths.append(policy.choose(4, is_calibration=True))
-        policy.observe_draft(3, 0, 4)
+        policy.observe_drafts({(3, 0): 4})
     blocks = [width for width, _ in itertools.groupby(widths)]
     assert {width: widths.count(width) for width in range(4)} == dict.fromkeys(range(4), 24)
     assert min(blocks.count(width) for width in range(4)) >= 4, "what slows the machine for a while meets all of them"
@@ -108,7 +108,7 @@ def test_what_was_seen_is_forgotten_and_what_was_timed_is_not():
     rates = [0.6, 0.5, 0.4]
     control = Control(Policy(3, rates), Monitor(3, rates), trained_rates=rates)
     for _ in range(40):
-        control.policy.observe_draft(3, 0)
+        control.policy.observe_drafts({(3, 0): 1})
         control.policy.observe_step(1, 3, 0.04)
         control.policy.observe_step(1, 0, 0.02)
         control.monitor.observe_step(1, 3, 0.04, 1, 1.0, lambda batch: None)

@@ -46,9 +46,9 @@ def test_the_next_server_knows_what_this_one_learned(tmp_path):
         control.policy.choose(8, sampled)
         assert after.policy.times.estimates(8, K) == pytest.approx(control.policy.times.estimates(8, K))
     for _ in range(24):
-        after.policy.observe_draft(K, 0, 4)
-        after.policy.observe_draft(K, 1, 2)
-        after.policy.observe_draft(K, 2, 2)
+        after.policy.observe_drafts({(K, 0): 4})
+        after.policy.observe_drafts({(K, 1): 2})
+        after.policy.observe_drafts({(K, 2): 2})
         after.policy.choose(8)
     assert after.policy.chosen == 1, after.policy.reason
 

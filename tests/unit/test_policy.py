@@ -121,7 +121,8 @@ def test_greedy_and_sampled_loads_in_turn_each_keep_what_was_measured_of_them():
         for i in range(150):
             width = policy.choose(1, sampled)
             if width:
-                policy.observe_draft(width, next((n for n in range(width) if rng.random() > rates[n]), width))
+                accepted = next((n for n in range(width) if rng.random() > rates[n]), width)
+                policy.observe_drafts({(width, accepted): 1})
             if before == width:
                 policy.observe_step(1, width, cost(sampled, width) * rng.gauss(1, 0.03), sampled)
             before = width
@@ -139,7 +140,7 @@ def test_the_first_load_of_the_other_kind_starts_from_what_is_known_of_this_one(
     for sampled in [is_first_sampled] * 300 + [not is_first_sampled] * 12:
         width = policy.choose(1, sampled)
         if width:
-            policy.observe_draft(width, width if best else 0)
+            policy.observe_drafts({(width, width if best else 0): 1})
         if widths[sampled][-1:] == [width]:
             policy.observe_step(1, width, 0.02 * (1 + 0.05 * width), sampled)
         widths[sampled].append(width)
@@ -174,7 +175,7 @@ def test_within_five_seconds_a_useless_head_costs_little_at_any_load(width, plai
             drafted = policy.choose(batch)
             seconds = plain_sec * (1 + dearness * (0.6 * verified + 0.4 * drafted) / width) * rng.gauss(1, 0.05)
             for _ in range(batch if verified else 0):
-                policy.observe_draft(verified, int(rng.random() < rates[0]))
+                policy.observe_drafts({(verified, int(rng.random() < rates[0])): 1})
             if verified == drafted:
                 policy.observe_step(batch, drafted, seconds)
             passed_sec, verified = passed_sec + seconds, drafted
@@ -279,7 +280,7 @@ def test_whatever_is_observed_the_choice_is_a_width(steps):
     policy = Policy(K, settings=PolicySettings(dwell_steps=1, trial_steps=2, min_probe_steps=3))
     for batch, width, seconds in steps:
         policy.observe_step(batch, width, seconds)
-        policy.observe_draft(width, width // 2)
+        policy.observe_drafts({(width, width // 2): 1})
         assert 0 <= policy.choose(batch) <= K
 
 
@@ -318,7 +319,7 @@ def test_where_few_steps_can_be_timed_a_trial_waits_for_them():
         width = policy.choose(8)
         is_timed = verified == width and rng.random() < 0.3
         if verified:
-            policy.observe_draft(verified, min(verified, 2), 8)
+            policy.observe_drafts({(verified, min(verified, 2)): 8})
         if is_timed:
             policy.observe_step(8, width, step_sec(8, width) * rng.gauss(1, 0.05))
         if policy.reason.endswith("again") and width != policy.width:

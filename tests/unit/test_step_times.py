@@ -88,7 +88,7 @@ def test_a_width_is_known_the_better_the_more_it_was_timed_and_the_worse_the_lon
         for width in (0, 3, 3, 0):
             times.observe(4, width, 0.02 * rng.gauss(1, 0.1))
     many = times.uncertainty(4, 3, 0)
-    for _ in range(2000):
+    for _ in range(10_000):
         times.observe(4, 0, 0.02 * rng.gauss(1, 0.1))
     assert few > 2 * many and times.uncertainty(4, 3, 0) > 2 * many
     assert times.uncertainty(8, 3, 0) == UNKNOWN_UNCERTAINTY
@@ -164,6 +164,23 @@ def test_what_shares_its_times_favours_no_width():
         times.observe(batch, width, seconds)
     full, half = (times.estimates(batch, 3) for batch in (16, 9))
     assert [b / a for a, b in zip(full, half, strict=True)] == pytest.approx([half[0] / full[0]] * 4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_that_are_not_full_hardly_change_how_the_k_of_full_ones_compare(seed):
+    """As measured: a step of 31 takes longer than one of 32, and the K compare otherwise."""
+    times, rng = StepTimes(), random.Random(seed)
+    seconds = {(32, 0): 0.066, (32, 1): 0.106, (31, 0): 0.0715, (31, 1): 0.1085}
+    for turn in range(80):
+        for _ in range(8):
+            batch, width = rng.choice((32, 32, 31)), turn % 2
+            times.observe(batch, width, seconds[batch, width] * math.exp(rng.gauss(0, 0.02)))
+    plain, drafting = times.estimates(32, 1)
+    assert drafting / plain == pytest.approx(0.106 / 0.066, rel=0.012)
+    for _ in range(30):  # where there are no others they are what counts
+        for width in (0, 1):
+            times.observe(12, width, 0.04 * (1 + 0.3 * width) * math.exp(rng.gauss(0, 0.02)))
+    assert times.estimate(12, 1) == pytest.approx(0.052, rel=0.02)
 
 
 def test_batch_sizes_up_to_a_power_of_two_share_a_bucket():
