@@ -19,20 +19,21 @@ LENT_DOUBT = 0.04  # standard deviation of how the K compare for a batch of anot
 KEPT_DOUBT = 0.015  # or for another server,
 LENT_LEVEL = 0.5  # and of how long they all take
 UNKNOWN_UNCERTAINTY = 0.3  # of a K that was never timed with a batch of this kind
-ODD_SIZE = 0.1  # standard deviation of the log of a full batch's time that is told from one that is not full
+NOT_FULL = 0.1  # standard deviation of the log of a step of a batch that is not full beside what it is taken for
 UNKNOWN_GROWTH = 0.6  # of a step's time, what grows with the batch
 
 
 class _Size:
     """One batch size: the log of each K's seconds, and the machine's slowness, which all of them share.
 
-    A Kalman filter. Its state: slowness, then each K in the order in which they were first timed. The covariance is
-    in units of the variance of the noise, which is what a single step is off: how well a K is known depends on it.
+    A Kalman filter. Its state: slowness, by how much more batches that are not full take than they were taken for, then
+    each K in the order in which they were first timed. The covariance is in units of the variance of the noise, which
+    is what a single step is off: how well a K is known depends on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noise: float) -> None:
         self.place: dict[int, int] = {}  # of K in the state
-        self.state, self.covariance = [0.0], [[1.0]]
+        self.state, self.covariance = [0.0, 0.0], [[1.0, 0.0], [0.0, NOT_FULL**2 / noise]]
         self.num_steps: dict[int, int] = {}  # timed, by K
         self.slowness_at: dict[int, float] = {}  # K -> when it was timed last
         self.last_step = 0  # of any size
@@ -52,20 +53,19 @@ class _Size:
         for i in range(1, len(self.state)):
             self.covariance[i][i] += OWN_DRIFT * count
 
-    def observe(self, width: int, log_sec: float, noise: float, doubt: float) -> float:
-        """A step, whose variance is by ``doubt`` that of the noise and more.
-
-        Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most.
-        """
+    def observe(self, width: int, log_sec: float, noise: float, is_full: bool) -> float:
+        """A step. Returns how far it was off, squared and beside what was to be expected, ``ODD`` squared at most."""
         self.num_steps[width] = self.num_steps.get(width, 0) + 1
+        parts = [0] if is_full else [0, 1]
+        gains = [sum(row[i] for i in parts) for row in self.covariance]
+        off = log_sec - sum(self.state[i] for i in parts)
         if width not in self.place:
-            slowness = self.covariance[0]
-            self.begin(width, log_sec - self.state[0], [-each for each in slowness], 1.0 + doubt + slowness[0])
+            self.begin(width, off, [-each for each in gains], 1.0 + sum(gains[i] for i in parts))
             return 1.0
         i = self.place[width]
-        off = log_sec - self.state[0] - self.state[i]
-        gains = [row[0] + row[i] for row in self.covariance]
-        variance = gains[0] + gains[i] + 1.0 + doubt
+        off -= self.state[i]
+        gains = [gain + row[i] for gain, row in zip(gains, self.covariance, strict=True)]
+        variance = sum(gains[j] for j in parts) + gains[i] + 1.0
         oddness = off * off / (variance * noise)
         excess = variance * max(0.0, oddness / ODD**2 - 1)
         variance += excess
@@ -93,7 +93,7 @@ class _Size:
 
     def lent(self, scale: float) -> _Size:
         """A copy, for batches of another kind, whose noise has a variance ``scale`` times as small."""
-        size = _Size()
+        size = _Size(1.0)
         size.place, size.state, size.slowness_at = dict(self.place), list(self.state), dict(self.slowness_at)
         size.covariance = [[scale * each for each in row] for row in self.covariance]
         size.num_steps = dict.fromkeys(self.place, BORROWED)
@@ -106,28 +106,29 @@ class _Size:
     @classmethod
     def of_json(cls, tree: Mapping[str, Any]) -> _Size:
         """Raises ValueError, KeyError or TypeError where that is none."""
-        size = cls()
+        size = cls(1.0)
         widths, state = [int(width) for width in tree["widths"]], [float(each) for each in tree["state"]]
         covariance = [[float(each) for each in row] for row in tree["covariance"]]
-        lengths = {len(widths) + 1, len(state), len(covariance), *map(len, covariance)}
+        lengths = {len(widths) + 2, len(state), len(covariance), *map(len, covariance)}
         if len(lengths) > 1 or not all(map(math.isfinite, chain(state, *covariance))):
             raise ValueError("its figures do not fit together")
-        size.place = {width: i + 1 for i, width in enumerate(widths)}
+        size.place = {width: i + 2 for i, width in enumerate(widths)}
         size.state, size.covariance = state, covariance
         size.slowness_at = dict.fromkeys(widths, state[0])
         size.num_steps = {width: int(count) for width, count in zip(widths, tree["num_steps"], strict=True)}
         return size
 
     def seconds(self) -> dict[int, float]:
-        """Of each K, at the machine's present speed."""
+        """Of each K, at the machine's present speed, of the full batch."""
         return {width: math.exp(self.state[0] + self.state[i]) for width, i in self.place.items()}
 
 
 class StepTimes:
     """Seconds of decode steps by batch size and K.
 
-    Batch sizes up to a power of two share their times: each counts as what it would have been at the full size, and the
-    less for it: kernels may take longer for 31 sequences than for 32 (by 6 %, and with other K by 3; measured).
+    Batch sizes up to a power of two share their times: each counts as what it would have been at the full size, by what
+    lies between two sizes and by what such batches were found to take. Kernels like full blocks: a step of 31 sequences
+    may take longer than one of 32 (here by 2 % with K = 1, by 6 in plain decode), so a share of it would mislead.
 
     On a shared machine steps differ by a fifth, for seconds at a time and whatever K is: two K that are timed one after
     the other cannot be told apart by their means or medians. By how much a step differs from those just before it tells
@@ -150,13 +151,12 @@ class StepTimes:
         """A step took so long; one that took none tells nothing."""
         if seconds <= 0:
             return
-        size = self._sizes.setdefault(bucket(batch), _Size())
+        size = self._sizes.setdefault(bucket(batch), _Size(self._noise))
         self._num_steps += 1
         size.pass_steps(self._num_steps - size.last_step)
         size.last_step = self._num_steps
         log_sec = math.log(seconds / self._share_of_full(batch))
-        doubt = 0.0 if batch == bucket(batch) else ODD_SIZE**2 / self._noise
-        off = size.observe(num_draft_tokens, log_sec, self._noise, doubt)
+        off = size.observe(num_draft_tokens, log_sec, self._noise, batch == bucket(batch))
         self._noise = max(LEAST_NOISE**2, self._noise * (1 + NOISE_GAIN * (off - 1)))
 
     def _share_of_full(self, batch: int) -> float:
@@ -259,6 +259,8 @@ class StepTimes:
         if len(row) > 1 and row[0][0] == 0:
             row[0] = (0, min(row[0][1], row[1][1] / DRAFTING))
         share = self._share_of_full(batch)
+        if size is not None and batch != bucket(batch):
+            share *= math.exp(size.state[1])
         return [_on_line(row, k, share) for k in range(max_draft_tokens + 1)]
 
 
