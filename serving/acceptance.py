@@ -46,7 +46,7 @@ class AcceptanceModel:
     seldom reached, is lowered by the same factor: a useless head is soon seen.
 
     A long memory tells K apart that differ by 2 %, a short one follows the text. So the last ``window`` drafts count,
-    until the last ``LATELY`` are off by ``ODD`` standard deviations: then only these do.
+    until the last ``LATELY`` are off by ``ODD`` standard deviations: then only these do, each position by itself.
 
     Text has easy and hard stretches. The more tokens a step puts out, the fewer steps an easy one takes, so the more
     drafts begin in hard ones, where their first token is seldomer accepted: by ``STRETCHES``, greedy or not (measured,
