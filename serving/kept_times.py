@@ -11,7 +11,7 @@ import json
 import logging
 from pathlib import Path
 
-from serving.policy import Policy
+from serving.policy import AUTO, Policy
 from specdec.record import hardware, package_versions, text_sha256, write_json_atomic
 from specdec.targets import cache_dir
 
@@ -52,7 +52,10 @@ class KeptTimes:
             self.write()
 
     def write(self) -> None:
-        """Write the file now."""
+        """Write the file now, unless K is held: such a server would put one K in place of what another learned of
+        all."""
+        if self.policy.mode != AUTO:
+            return
         try:
             write_json_atomic(self.path, self.policy.times_as_json())
         except OSError as error:

@@ -5,6 +5,9 @@ other then differ by that much. Here every server has its requests in flight, bu
 freezes the others between two steps (``/pause?mode=keep``). The one that has the fewest tokens so far goes next. So all
 do the same part of the same work at nearly the same time, and only the time of its own slices counts for each. The
 processes of the others are stopped as well: an engine that has just been paused polls its queues for some seconds.
+
+What counts ends with the slice in which an arm's last request began: from then on fewer are answered at a time than the
+load has, and which arm's last answer happens to be a long one would decide.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +38,7 @@ class Request(NamedTuple):
 
 @dataclass(slots=True)
 class Work:
-    """What one arm did: tokens and seconds after each of its slices, from the first on."""
+    """What one arm did while requests waited: tokens and seconds after each of its slices, from the first on."""
 
     num_tokens: list[int] = field(default_factory=lambda: [0])
     seconds: list[float] = field(default_factory=lambda: [0.0])
@@ -50,6 +53,7 @@ class SlicedArm:
         import httpx
 
         self.name, self.client, self.work = arm.name, ArmClient(arm), Work()
+        self.num_waiting = 0  # requests of its load that have not begun
         self.num_tokens = 0  # output tokens since the server's start,
         self.figures: dict[str, Any] = {}  # and its own figures, when it was frozen last
         self._http = httpx.AsyncClient(base_url=arm.url, headers=auth_headers(), timeout=60, trust_env=False)
@@ -87,16 +91,15 @@ class SlicedArm:
         page = (await self._http.get("/metrics")).raise_for_status().text
         return int(sum(float(value) for value in TOKENS.findall(page)))
 
-    async def answer(self, requests: Sequence[Request], concurrency: int, temperature: float) -> None:
-        """A closed loop to its end.
+    def begin(self, requests: Sequence[Request], concurrency: int, temperature: float) -> asyncio.Task[None]:
+        """A closed loop; the task raises an ``ExceptionGroup`` when a request failed."""
+        self.num_waiting = len(requests)
+        return asyncio.create_task(self._answer(requests, asyncio.Semaphore(concurrency), temperature))
 
-        Raises:
-            ExceptionGroup: a request failed.
-        """
-        gate = asyncio.Semaphore(concurrency)
-
+    async def _answer(self, requests: Sequence[Request], gate: asyncio.Semaphore, temperature: float) -> None:
         async def one(request: Request) -> None:
             async with gate:
+                self.num_waiting -= 1
                 messages = [{"role": "user", "content": request.prompt}]
                 result = await self.client.chat(messages, request.max_tokens, temperature, seed=request.seed)
                 if result.error:
@@ -106,10 +109,10 @@ class SlicedArm:
             for request in requests:
                 group.create_task(one(request))
 
-    async def warm_up(self, load: Coroutine[Any, Any, None], seconds: float) -> None:
-        """Run alone for a while; what is not answered by then is dropped. It is frozen again afterwards."""
+    async def warm_up(self, task: asyncio.Task[None], seconds: float) -> None:
+        """Run ``task``, its load, alone for a while; what is not answered by then is dropped. It is frozen again
+        afterwards."""
         await self._thaw()
-        task = asyncio.create_task(load)
         await asyncio.wait({task}, timeout=seconds)
         await _ended(task)
         while await self._running():
@@ -131,6 +134,12 @@ class SlicedArm:
         self.work.seconds.append(self.work.seconds[-1] + (answered if was_last else ended) - begun)
         self.work.num_tokens.append(self.num_tokens - base_tokens)
 
+    async def finish(self, task: asyncio.Task[None]) -> None:
+        """Answer the rest of ``task``, its load. It is frozen again afterwards."""
+        await self._thaw()
+        await task
+        await self.freeze()
+
 
 async def measure(
     arms: Sequence[SlicedArm],
@@ -141,7 +150,8 @@ async def measure(
     warm_up_sec: float,
     advance: Callable[[int], None],
 ) -> dict[str, Work]:
-    """All of ``requests`` on each arm, in slices; ``advance`` is told of tokens. ``warm_up`` may be empty.
+    """``requests`` on each arm, in slices until the last one begins; ``advance`` is told of tokens. ``warm_up`` may be
+    empty.
 
     Raises:
         ExceptionGroup: a request failed.
@@ -152,19 +162,19 @@ async def measure(
             if not arm.is_frozen:
                 await arm.freeze()
         for arm in arms if warm_up else ():
-            await arm.warm_up(arm.answer(warm_up, concurrency, temperature), warm_up_sec)
+            await arm.warm_up(arm.begin(warm_up, concurrency, temperature), warm_up_sec)
         base = {arm: arm.num_tokens for arm in arms}
         for arm in arms:
             arm.work = Work(before=arm.figures)
-            tasks[arm] = asyncio.create_task(arm.answer(requests, concurrency, temperature))
-        while waiting := [arm for arm in arms if not tasks[arm].done()]:
+            tasks[arm] = arm.begin(requests, concurrency, temperature)
+        while waiting := [arm for arm in arms if arm.num_waiting and not tasks[arm].done()]:
             arm = min(waiting, key=lambda arm: arm.work.num_tokens[-1])
             before = arm.work.num_tokens[-1]
             await arm.run_slice(tasks[arm], base[arm])
             advance(arm.work.num_tokens[-1] - before)
         for arm in arms:
-            tasks[arm].result()
             arm.work.after = arm.figures
+            await arm.finish(tasks[arm])
     finally:
         for task in tasks.values():
             await _ended(task)

@@ -53,6 +53,22 @@ def test_the_next_server_knows_what_this_one_learned(tmp_path):
     assert after.policy.chosen == 1, after.policy.reason
 
 
+@pytest.mark.parametrize("held", ["off", "fixed:2"])
+def test_a_server_whose_k_is_held_leaves_what_another_learned(tmp_path, held):
+    path = tmp_path / "times.json"
+    control, clock = served(path)
+    control.set_policy(held)
+    for _ in range(60):
+        control.policy.observe_step(8, 2, 0.03)
+    clock[0] = SAVE_SEC
+    control.status()
+    assert not path.exists()
+    control.set_policy("auto")
+    clock[0] = 2 * SAVE_SEC
+    control.status()
+    assert path.is_file()
+
+
 def test_what_a_single_short_turn_told_is_timed_again_by_the_next_server():
     policy = Policy(K)
     for num_steps in (5, 10):
