@@ -19,7 +19,8 @@ logger = logging.getLogger("vllm.specdec")
 
 MANY = 256  # tokens of a write: enough that the call's own cost is small, few enough that no step waits long
 FEWEST = 16  # rows of a write
-LONG_REST = 512  # plain steps, which probes do not interrupt:
+LONG_REST = 512  # plain steps,
+MANY_ANSWERED = 4096  # or tokens that were put out in them, whichever comes first; probes do not interrupt it:
 LONGEST_PROBE = 16  # steps in a row that draft
 
 
@@ -33,6 +34,7 @@ class KeysOnly:
         self.waiting: list[tuple[Any, ...]] = []  # ids [N], positions [N], hidden states [N, width], slots [N]
         self.num_waiting = 0  # tokens
         self.num_plain = self.num_drafting = 0  # steps: since drafting ended, and since the last plain one
+        self.num_answered = 0  # tokens that were put out since drafting ended
         self.has_failed = False
 
     def __call__(
@@ -49,7 +51,7 @@ class KeysOnly:
         """As the proposer's own; at K = 0 its empty drafts without running the head."""
         try:
             if not self.has_failed:
-                self.count(num_speculative_tokens)
+                self.count(num_speculative_tokens, len(next_token_ids))
                 if num_speculative_tokens == 0:
                     last = token_indices_to_sample
                     last = common_attn_metadata.query_start_loc[1:] - 1 if last is None else last
@@ -83,7 +85,7 @@ class KeysOnly:
         is_plain = step.max_query_len == 1 and tuple(sampled_token_ids.shape) == (count, 1)
         if self.has_failed or not is_plain or runner.discard_request_mask.np[:count].any():
             return None
-        self.count(0)
+        self.count(0, count)
         ids = sampled_token_ids[:, 0].int()
         if self.is_long_rest:
             return ids.new_empty((count, 0))
@@ -93,17 +95,18 @@ class KeysOnly:
 
     @property
     def is_long_rest(self) -> bool:
-        """Whether answers are not worth keeping any more."""
-        return self.num_plain > LONG_REST
+        """Whether answers are not worth keeping any more: the more at once, the more they cost."""
+        return self.num_plain > LONG_REST or self.num_answered > MANY_ANSWERED
 
-    def count(self, num_speculative_tokens: int) -> None:
-        """Once a step: whether it drafts."""
+    def count(self, num_speculative_tokens: int, batch: int) -> None:
+        """Once a step: whether it drafts, and for how many sequences."""
         if num_speculative_tokens == 0:
             self.num_plain, self.num_drafting = self.num_plain + 1, 0
+            self.num_answered += batch
             return
         self.num_drafting += 1
         if self.num_drafting > LONGEST_PROBE:
-            self.num_plain = 0
+            self.num_plain = self.num_answered = 0
 
     def fail(self, error: Exception) -> None:
         """Run the head in every step from now on."""

@@ -42,7 +42,7 @@ def with_rest(propose: Any) -> Any:
         keys = None if dummy_run else _keys_of(speculator)
         if keys is not None and num_speculative_tokens is not None and not keys.has_failed:
             try:
-                keys.count(num_speculative_tokens)
+                keys.count(num_speculative_tokens, input_batch.num_reqs)
                 if num_speculative_tokens == 0 and _is_plain(input_batch):
                     if not keys.is_long_rest:
                         features = aux_hidden_states or [last_hidden_states]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from serving.catch_up import CatchUp, with_catch_up
-from serving.keys_only import LONG_REST, LONGEST_PROBE, MANY, KeysOnly, newest_of_each
+from serving.keys_only import LONG_REST, LONGEST_PROBE, MANY, MANY_ANSWERED, KeysOnly, newest_of_each
 
 WIDTH, HEAD_SIZE, NUM_KV_HEADS, NUM_SLOTS = 12, 4, 2, 64
 
@@ -222,6 +222,21 @@ def test_after_a_long_rest_only_prompts_are_kept_until_drafting_lasts():
     assert num_kept(20) == 0, "a probe is no end of the rest"
     num_kept(LONGEST_PROBE + 1, width=3)
     assert num_kept(20) == 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "steps"), [(1, LONG_REST), (8, LONG_REST), (32, MANY_ANSWERED // 32)])
+def test_a_large_batch_rests_sooner(batch, steps):
+    keys_only, kept = KeysOnly(Drafter()), []
+    keys_only.keep = lambda *inputs: kept.append(len(inputs[0]))
+    sampled, metadata = torch.zeros(batch, 1), SimpleNamespace(num_actual_tokens=batch, max_query_len=1)
+    metadata.slot_mapping = torch.arange(batch)
+    discarded = SimpleNamespace(np=torch.zeros(batch, dtype=torch.bool).numpy())
+    runner = SimpleNamespace(discard_request_mask=discarded, _get_positions=torch.arange)
+    for _ in range(steps + 20):
+        drafts = keys_only.keep_plain_step(runner, metadata, sampled, [torch.zeros(batch, WIDTH)])
+        assert drafts.shape == (batch, 0)
+    assert kept == [batch] * steps
 
 
 @torch.no_grad()
