@@ -21,10 +21,10 @@ class PolicySettings:
     probes_of_all: int = 8  # one of so many drafts all tokens, the others a single one
     min_probe_steps: int = 32  # from a change to plain decode, or a probe, to the next probe: at least,
     max_probe_steps: int = 4096  # and at most
-    min_recheck_steps: int = 16  # while speculating, from a change to the next time that another K is timed: at least,
+    min_recheck_steps: int = 4  # while speculating, from a change to the next time that another K is timed: at least,
     max_recheck_steps: int = 256  # and at most
     recheck_share: float = 0.01  # of the time, that it may cost
-    hope: float = 1.0  # standard deviations by which what is known of another K may be too bad
+    hope: float = 1.5  # standard deviations by which what is known of another K may be too bad
     acceptance_window: float = 1024.0  # drafts that count, of each position, while the text stays as it is
     prior_weight: float = 6.0  # drafts that the head's own figures are worth at the start
     max_moved: float = 2.0  # a time since which the machine's speed changed by more is measured again, be it early
