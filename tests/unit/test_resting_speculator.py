@@ -95,6 +95,15 @@ def test_after_a_long_rest_nothing_more_waits():
 
 
 @torch.no_grad()
+def test_every_request_counts_towards_a_long_rest(monkeypatch):
+    monkeypatch.setattr("serving.keys_only.MANY_ANSWERED", 40)
+    speculator, propose = Speculator(), with_rest(Speculator.propose)
+    for position in range(30):
+        step(propose, speculator, position)
+    assert speculator.specdec_keys.num_waiting == 40
+
+
+@torch.no_grad()
 def test_a_failure_runs_the_head_from_then_on(caplog):
     speculator, propose = Speculator(), with_rest(Speculator.propose)
     step(propose, speculator, 1)
