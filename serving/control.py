@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ logger = logging.getLogger("vllm.specdec")
 CALIBRATION = "specdec-calibration"  # how the ids of requests begin that nobody has sent
 IDLE_SEC = 0.05  # a longer wait for the next step is an idle engine, and no part of the step
 FORGET_EVERY = 256  # steps between two looks for ended requests
+WHOLE_EVERY = 16  # of the steps that draft, one is verified whole: what it accepts is not chosen by confidence
 RECORD_SEC = 0.2  # between two times that the monitor is told of drafts, unless it is asked
 
 
@@ -36,6 +38,15 @@ class Step(NamedTuple):
     steady: bool = False  # whether its time is that of its batch and K
     num_without: int = 0  # sequences that were to have drafts and got none
     sampled: bool = False  # not all of them are greedy
+    is_cut: bool = False  # whether only some of the draft tokens are verified,
+    kept: Mapping[int, int] = {}  # and, if it only decodes, how many tokens are left -> of how many sequences
+
+    @property
+    def num_cut(self) -> float:
+        """Draft tokens of a sequence, in the mean, that are not verified although K asks for them."""
+        if not self.kept or self.asked != self.width:
+            return 0.0
+        return self.width - sum(length * count for length, count in self.kept.items()) / self.batch
 
 
 @dataclass(slots=True)
@@ -45,6 +56,7 @@ class Run:
     kind: tuple[int, int, bool] | None = None  # batch size, K, and whether some are not greedy
     batches: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    num_cut: float = 0.0  # draft tokens a sequence that were not verified
     is_broken: bool = True  # whether the last step was of another kind
 
 
@@ -79,6 +91,8 @@ class Control:
         self._ended_sec: float | None = None
         self._steps: deque[Step] = deque(maxlen=16)  # asynchronous: the next is scheduled before the last has ended
         self._asked = 0
+        self._is_cut = self._is_calibration = False  # the drafts of the last step, and that step
+        self._num_drafting = 0  # steps whose drafts could be cut
         self._run = Run()
         self._reported: int | None = None
         self._steps_to_forget = FORGET_EVERY
@@ -89,8 +103,8 @@ class Control:
         """K for the drafts that follow a step of ``batch`` sequences; ``running``: the requests' ids."""
         assert self.policy is not None
         requests = list(running)
-        is_calibration = bool(requests) and requests[0].startswith(CALIBRATION)
-        width = self.policy.choose(batch, not self.sampled.isdisjoint(requests), is_calibration)
+        self._is_calibration = bool(requests) and requests[0].startswith(CALIBRATION)
+        width = self.policy.choose(batch, not self.sampled.isdisjoint(requests), self._is_calibration)
         self._auto_width = width
         if self.policy.chosen != self._reported:
             self._reported = self.policy.chosen
@@ -100,9 +114,27 @@ class Control:
             return width
         return max((self.pinned.get(request_id, width) for request_id in requests), default=width)
 
-    def limit(self, request_id: str) -> int | None:
-        """How many draft tokens this request may keep; None: all."""
-        return self.pinned.get(request_id, self._auto_width) if self.pinned else None
+    def limits(self, request_ids: Iterable[str]) -> dict[str, int]:
+        """How many draft tokens these requests may keep; those that are left out keep all."""
+        if not self.pinned:
+            return {}
+        return {request_id: self.pinned.get(request_id, self._auto_width) for request_id in request_ids}
+
+    def cut(self, request_ids: Sequence[str], log_probs: Sequence[Sequence[float]] | None) -> dict[str, int]:
+        """The same for drafts that have come. ``log_probs``: by request and draft token, of how likely it and all
+        before it are; None: that is not known."""
+        self._is_cut = False
+        if self.pinned:
+            return self.limits(request_ids)
+        if self.policy is None or not log_probs or self._is_calibration or self.watch is not None:
+            return {}
+        threshold = self.policy.threshold(len(request_ids))
+        self._num_drafting += 1
+        if threshold is None or self._num_drafting % WHOLE_EVERY == 0:
+            return {}
+        self._is_cut, least = True, math.log(threshold)
+        kept = (sum(each >= least for each in draft) for draft in log_probs)
+        return {name: n for name, n, draft in zip(request_ids, kept, log_probs, strict=True) if n < len(draft)}
 
     # What the scheduler reports
 
@@ -121,17 +153,20 @@ class Control:
         # An empty step, as one of an engine that was paused, drafts nothing: the drafts of the one before it remain.
         asked, width = self._asked, output.num_spec_tokens_to_schedule if tokens else self._asked
         self._asked = width
+        is_cut = asked > 0 and self._is_cut
         lengths = Counter(map(len, drafts.values()))
         lengths[0] += len(tokens) - len(drafts)
         num_decoded = len(tokens) + sum(length * count for length, count in lengths.items())
         if not tokens or output.scheduled_new_reqs or sum(tokens.values()) != num_decoded:
-            self._steps.append(Step(begun_sec, asked, width))
+            self._steps.append(Step(begun_sec, asked, width, is_cut=is_cut))
             return
         # A lookup drafts what it finds. Its steps are timed as they come, and what it did not find counts as rejected.
         steady = lengths[width] == len(tokens) or (asked == width and not self.pinned)
         num_without = lengths[0] if asked and not self.pinned else 0
         sampled = not self.sampled.isdisjoint(tokens)
-        self._steps.append(Step(begun_sec, asked, width, len(tokens), steady, num_without, sampled))
+        kept = lengths if is_cut else {}
+        step = Step(begun_sec, asked, width, len(tokens), steady, num_without, sampled, is_cut, kept)
+        self._steps.append(step)
 
     def finished(self, request: Any) -> None:
         """A request has ended."""
@@ -142,10 +177,14 @@ class Control:
     def drafted(self, request: Any, num_drafted: int, num_accepted: int) -> None:
         """One sequence's verification."""
         output_ids = request.output_token_ids
+        step = self._steps[0] if self._steps else Step(0.0, 0, 0)
+        asked = 0 if self.pinned else step.asked
+        if step.batch or not step.is_cut:  # else those without a draft token were not counted
+            self._tries[max(asked, num_drafted), num_accepted] += 1
+        if step.is_cut:
+            return
         span = self.spans.span(request.request_id, request.prompt_token_ids or (), output_ids)
         self._drafts[num_drafted, num_accepted, position_bucket(len(output_ids)), span] += 1
-        asked = self._steps[0].asked if self._steps and not self.pinned else 0
-        self._tries[max(asked, num_drafted), num_accepted] += 1
         if self.watch is not None:
             self.watch.observe(request.request_id, num_drafted, num_accepted)
 
@@ -158,6 +197,7 @@ class Control:
             tries = {kind: count for kind, count in self._tries.items() if kind[0] and count}
             if tries:
                 self.policy.observe_drafts(tries)
+            self.policy.cut.observe(step.asked, step.kept)
         self._tries.clear()
         if now - self._recorded_sec >= RECORD_SEC:
             self._record()
@@ -202,12 +242,14 @@ class Control:
         if not step.steady or (size > 1 and not follows):
             return
         if kind != run.kind:
-            run.kind, run.batches, run.seconds = kind, [], 0.0
+            run.kind, run.batches, run.seconds, run.num_cut = kind, [], 0.0, 0.0
         run.batches.append(step.batch)
         run.seconds += seconds
+        run.num_cut += step.num_cut
         if len(run.batches) == size:
-            self.policy.observe_step(round(sum(run.batches) / size), step.width, run.seconds / size, step.sampled)
-            run.batches, run.seconds = [], 0.0
+            batch = round(sum(run.batches) / size)
+            self.policy.observe_step(batch, step.width, run.seconds / size, step.sampled, run.num_cut / size)
+            run.batches, run.seconds, run.num_cut = [], 0.0, 0.0
 
     # What a swap of the head does
 

@@ -1,4 +1,4 @@
-"""Drafts come with the sampled tokens, in one answer of the worker instead of two.
+"""Drafts come with the sampled tokens, in one answer of the worker instead of two, and with how likely they are.
 
 After each synchronous step vLLM 0.32's engine asks the worker's process for the drafts, also at K = 0, where there are
 none. On a CPU, whose cores the worker keeps busy, that question takes longer than drafting a token
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+
+from serving.confidence import NAME as CONFIDENCE
+from serving.confidence import fail, taken_from
 
 NAME = "specdec_drafts"
 
@@ -23,10 +26,21 @@ def with_drafts(sample_tokens: Any) -> Any:
 
         output = sample_tokens(worker, grammar_output)
         if type(output) is ModelRunnerOutput and output is not EMPTY_MODEL_RUNNER_OUTPUT:  # that one is everybody's
-            setattr(output, NAME, worker.take_draft_token_ids())
+            setattr(output, NAME, with_log_probs(worker, worker.take_draft_token_ids()))
         return output
 
     return sample
+
+
+def with_log_probs(worker: Any, drafts: Any) -> Any:
+    """The drafts, which also carry how likely they are, where the worker's drafter has left that."""
+    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
+    if drafter is not None and hasattr(drafts, "draft_token_ids"):
+        try:
+            setattr(drafts, CONFIDENCE, taken_from(drafter, drafts.draft_token_ids))
+        except Exception as error:
+            fail(drafter, error)
+    return drafts
 
 
 def keeping_drafts(sample_tokens: Any) -> Any:

@@ -63,9 +63,8 @@ def with_kernels(compile_model: Any) -> Any:
 
 
 def rows_of_decode_steps(max_num_seqs: int, max_draft_tokens: int) -> list[int]:
-    """How many tokens a step of every K may have, up to ``MOST_ROWS``."""
-    products = {n * k for n in range(1, max_num_seqs + 1) for k in range(1, max_draft_tokens + 2)}
-    return sorted(rows for rows in products if rows <= MOST_ROWS)
+    """How many tokens a step may have, up to ``MOST_ROWS``: any number, where only some of the drafts are verified."""
+    return list(range(1, min(MOST_ROWS, max_num_seqs * (1 + max_draft_tokens)) + 1))
 
 
 def make(rows: Iterable[int]) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.acceptance import AcceptanceModel
+from serving.draft_cut import CUT_DOUBT, DraftCut
 from serving.policy_settings import PolicySettings
 from serving.step_times import StepTimes, bucket
 
@@ -67,6 +68,7 @@ class Policy:
         # A step whose sequences are all greedy verifies by comparing tokens, any other by their distributions.
         self._times = {sampled: StepTimes() for sampled in (False, True)}
         self.times = self._times[False]  # those of the batch that was last asked about
+        self.cut = DraftCut(max_draft_tokens)
         self.mode, self.fixed = AUTO, max_draft_tokens
         self._trial: Trial | None = None
         self.new_head(prior_rates)
@@ -79,6 +81,7 @@ class Policy:
         self.reason = "start: not measured yet"
         self._steps_since_change = 0
         self._steps_since_trial = self._num_probes = 0
+        self.cut = DraftCut(self.max_draft_tokens, self.cut.prices)
         self._trial = None
         self._has_times = False  # whether any step was timed since the last trial began
         self._probe_steps, self._recheck_steps = self.settings.min_probe_steps, self.settings.min_recheck_steps
@@ -92,22 +95,29 @@ class Policy:
 
     def times_as_json(self) -> dict[str, Any]:
         """What is known of step times, for ``restore_times``."""
-        return {"greedy": self._times[False].as_json(), "sampled": self._times[True].as_json()}
+        times = {"greedy": self._times[False].as_json(), "sampled": self._times[True].as_json()}
+        return {**times, "prices": self.cut.prices}
 
     def restore_times(self, tree: Mapping[str, Any]) -> None:
         """Go on from what a server like this one knew; errors as of ``StepTimes.restore``."""
         greedy, sampled = StepTimes(), StepTimes()
         greedy.restore(tree["greedy"])
         sampled.restore(tree["sampled"])
+        prices = {int(size): float(price) for size, price in tree["prices"].items()}
         self._times = {False: greedy, True: sampled}
         self.times = greedy
+        self.cut.prices = prices
 
     @property
     def timed_batch_sizes(self) -> list[int]:
         """Powers of two, in two turns of a calibration at least: after a single one two K are known to 10 %."""
-        num_times = 2 * ((self.settings.trial_steps - 1) // self.settings.steps_per_time)
-        known = (times.timed_sizes(self.max_draft_tokens, num_times) for times in self._times.values())
+        known = (times.timed_sizes(self.max_draft_tokens, self._two_turns) for times in self._times.values())
         return sorted(set().union(*known))
+
+    @property
+    def _two_turns(self) -> int:
+        """Times of one K in two turns of a calibration."""
+        return 2 * ((self.settings.trial_steps - 1) // self.settings.steps_per_time)
 
     def set_mode(self, mode: str, width: int | None = None) -> None:
         """``auto``, ``off``, or ``fixed`` with its K.
@@ -131,15 +141,39 @@ class Policy:
             self._trial.num_drafts += sum(drafts.values())
         self.acceptance.observe(drafts)
 
-    def observe_step(self, batch: int, num_draft_tokens: int, seconds: float, sampled: bool = False) -> None:
+    def observe_step(
+        self, batch: int, num_draft_tokens: int, seconds: float, sampled: bool = False, num_cut: float = 0.0
+    ) -> None:
         """A step that only decoded ``batch`` sequences, each with ``num_draft_tokens`` verified and drafted again.
 
-        ``sampled``: some of them are not greedy.
+        ``sampled``: some of them are not greedy. ``num_cut``: so many of a sequence's draft tokens, in the mean, were
+        not verified; the step counts as what it would have taken with them.
         """
         self._has_times = True
         if self._trial is not None:
             self._trial.num_timed += self._trial.width == num_draft_tokens
-        self._times[sampled].observe(batch, num_draft_tokens, seconds)
+        times = self._times[sampled]
+        if num_cut:
+            seconds += self.cut.saved(bucket(batch), num_cut) * (times.estimate(batch, 0) or 0.0)
+        times.observe(batch, num_draft_tokens, seconds)
+
+    def threshold(self, batch: int) -> float | None:
+        """Probability of acceptance below which a draft token is not verified in a step of ``batch`` sequences; None:
+        all are.
+
+        The price it follows from is set once, by the first steps of this size, of which nothing was cut.
+        """
+        if self.mode != AUTO:
+            return None
+        size = bucket(batch)
+        for times in (self.times, *self._times.values()):
+            if size not in self.cut.prices and size in times.timed_sizes(self.max_draft_tokens, self._two_turns):
+                seconds = times.estimates(size, self.max_draft_tokens)
+                plain, widest = seconds[0] or 0.0, seconds[-1] or 0.0
+                self.cut.prices[size] = (widest - plain) / plain / self.max_draft_tokens
+                for each in self._times.values():
+                    each.doubt_drafting(size, CUT_DOUBT)
+        return self.cut.threshold(size)
 
     def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
         """K for the next step at this batch size; called once a step.
@@ -177,6 +211,7 @@ class Policy:
             self._decide(batch, goodputs)
         if self.chosen == 0 and self._steps_since_trial >= self._probe_steps:
             self.acceptance.forget(self.settings.probe_memory)
+            self.cut.forget(self.settings.probe_memory)
             probe = Trial(self._width_of_probe(), self._steps_of_probe(batch), is_probe=True)
             return self._try(batch, probe, "probing whether speculation pays again")
         if self.chosen > 0:
@@ -221,8 +256,16 @@ class Policy:
     def _goodputs(self, batch: int) -> list[float | None]:
         """Expected tokens per second of one sequence for each K; None while a step's time is unknown everywhere."""
         size = self.times.nearest(batch, self.max_draft_tokens)
-        seconds = self.times.estimates(size, self.max_draft_tokens)
+        seconds = self._seconds(size)
         return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
+
+    def _seconds(self, batch: int) -> list[float | None]:
+        """Of a step of each K, by what is kept of its drafts; None where that is unknown."""
+        seconds = self.times.estimates(batch, self.max_draft_tokens)
+        plain, size = seconds[0] or 0.0, bucket(batch)
+        saved = [plain * self.cut.saved(size, k - self.cut.kept(k)) for k in range(len(seconds))]
+        pairs = zip(seconds, saved, strict=True)
+        return [each if not each or not less else max(each - less, plain) for each, less in pairs]
 
     def _hoped_for(self, batch: int, goodputs: Sequence[float | None]) -> dict[int, float]:
         """Each other K's goodput, were it as good as it may be by what is known of it."""
@@ -241,7 +284,7 @@ class Policy:
 
     def _is_hopeless(self, batch: int, trial: Trial) -> bool:
         """Whether plain decode would win even if a few more drafts had been accepted than were."""
-        times = self.times.estimates(batch, trial.width)
+        times = self._seconds(batch)[: trial.width + 1]
         known = [(k, seconds) for k, seconds in enumerate(times) if seconds is not None]
         if trial.width == 0 or len(known) <= trial.width or trial.num_drafts < self.settings.hopeless_drafts:
             return False
@@ -258,7 +301,8 @@ class Policy:
     def _steps_between_probes(self, batch: int, width: int, num_steps: int) -> int:
         """Plain steps of which a probe of ``num_steps`` costs ``probe_share``."""
         size = self.times.nearest(batch, self.max_draft_tokens)
-        plain, drafting = self.times.estimate(size, 0), self.times.estimate(size, width)
+        seconds = self._seconds(size)
+        plain, drafting = seconds[0], seconds[width]
         if plain is None or drafting is None:
             return self.settings.max_probe_steps
         lost = drafting / plain - self.acceptance.expected_tokens(width)  # of a step

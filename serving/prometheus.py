@@ -110,7 +110,7 @@ GAUGES = (
 )
 COUNTERS = (
     Figure("steps", "Decode steps by K.", _at("k_histogram"), "k", counter=True),
-    Figure("drafts", "Drafts verified.", _at("totals", "num_drafts"), counter=True),
+    Figure("drafts", "Drafts verified whole.", _at("totals", "num_drafts"), counter=True),
     Figure("sequence_steps", "Sequences of decode steps.", _at("totals", "num_sequence_steps"), counter=True),
     Figure("output_tokens", "Output tokens of decode steps.", _at("totals", "num_output_tokens"), counter=True),
     Figure(

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from serving.confidence import NAME as CONFIDENCE
 from serving.control import Control
 from serving.kept_policy import kept_policy
 from serving.monitor import Monitor, SpanTracker
@@ -77,20 +78,19 @@ def controlled(base: type, is_async: bool = False) -> type:
         def _update_after_schedule(self, output: Any) -> None:
             super()._update_after_schedule(output)
             with Guard(self):  # asynchronous: placeholders for the drafts to come
-                self._shorten(output.num_scheduled_tokens)
+                if self.specdec is not None:
+                    self._shorten(self.specdec.limits(output.num_scheduled_tokens))
 
         def update_draft_token_ids(self, drafts: Any) -> None:
             super().update_draft_token_ids(drafts)
             with Guard(self):
-                self._shorten(drafts.req_ids)
+                if self.specdec is not None:
+                    self._shorten(self.specdec.cut(drafts.req_ids, getattr(drafts, CONFIDENCE, None)))
 
-        def _shorten(self, request_ids: Any) -> None:
-            control = self.specdec
-            if control is None or not control.pinned:
-                return
-            for request_id in request_ids:
-                request, limit = self.requests.get(request_id), control.limit(request_id)
-                if request is not None and limit is not None and len(request.spec_token_ids) > limit:
+        def _shorten(self, limits: Mapping[str, int]) -> None:
+            for request_id, limit in limits.items():
+                request = self.requests.get(request_id)
+                if request is not None and len(request.spec_token_ids) > limit:
                     request.spec_token_ids = request.spec_token_ids[:limit]  # the list may be shared
 
         def make_spec_decoding_stats(

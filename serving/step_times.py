@@ -217,6 +217,13 @@ class StepTimes:
         if size is not None and num_draft_tokens in size.place:
             size.doubt(num_draft_tokens, MOVED_DOUBT * math.log(self.moved(batch, num_draft_tokens)), self._noise)
 
+    def doubt_drafting(self, batch: int, log_sec: float) -> None:
+        """How much longer each K takes than plain decode may be wrong by so much from now on."""
+        size = self._sizes.get(bucket(batch))
+        if size is not None:
+            for width in filter(None, size.place):
+                size.doubt(width, log_sec, self._noise)
+
     def moved(self, batch: int, num_draft_tokens: int) -> float:
         """By which factor the machine's speed has changed, up or down, since this K was timed; at least 1."""
         size = self._sizes.get(bucket(batch))

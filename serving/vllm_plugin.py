@@ -24,6 +24,8 @@ generator has no offset: the exception ends the engine.
 
 **Verification without copies, with quicker noise, and only of drafts** (``serving/verification.py``).
 
+**How likely the drafts are** (``serving/confidence.py``), so that those which hardly pay are not verified.
+
 **Synthetic acceptance** (``serving/synthetic.py``), which vLLM has kernels for on a GPU alone.
 
 **Kernels of decode steps** (``serving/kernels.py``), made at start-up.
@@ -47,6 +49,7 @@ import sys
 from typing import Any
 
 from serving.catch_up import with_catch_up
+from serving.confidence import with_confidence
 from serving.draft_reply import from_kept, keeping_drafts, with_drafts
 from serving.kernels import keep_fewer_twice, with_kernels, with_more_rows
 from serving.nucleus import without_sort
@@ -173,6 +176,7 @@ def _patch_verification() -> None:
         GPUModelRunner._prepare_inputs = as_plain_step(GPUModelRunner._prepare_inputs)
         prepare = SpecDecodeBaseProposer.prepare_next_token_ids_padded
         SpecDecodeBaseProposer.prepare_next_token_ids_padded = with_one_token_each(prepare)
+        SpecDecodeBaseProposer._greedy_sample = with_confidence(SpecDecodeBaseProposer._greedy_sample)
 
 
 def any_width(propose: Any) -> Any:

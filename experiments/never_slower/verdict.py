@@ -5,9 +5,6 @@ arms do the same share of the work, at nearly the same time, and parts are drawn
 the fastest of four that are measured with errors, which flatters it: so beside it stands the same ratio where one half
 of the parts says which arm is best and the other half measures.
 
-Sampled answers bring luck: of ten requests of 64 tokens each, two servers that draft alike accept 5 % more or less. So
-a third ratio says what the times alone do, with each arm's tokens as they would be at the acceptance of all arms.
-
 Servers that are started alike differ a little for as long as they run. So where loads were measured in several lives of
 the servers, a load's figures are those of all lives together, and beside them stands each life's ratio. What is left of
 it for the best policy there can be says ``control.py``.
@@ -146,32 +143,6 @@ def tokens_by_width(arms: Iterable[dict[str, Any]]) -> list[float]:
     return [1.0, *(1 + np.cumsum(np.cumprod(accepted / np.maximum(reached, 1)))).tolist()]
 
 
-def luck(load: dict[str, Any]) -> dict[str, float]:
-    """By which factor each arm with the trained head (and plain: 1) put out more tokens than such steps do on average.
-
-    Average: at the conditional acceptance rates of all these arms together, which draft for the same requests.
-    """
-    arms = {name: done(load, name) for name in load["work"] if name == "auto" or name.startswith(FIXED)}
-    lengths = tokens_by_width(arms.values())
-    found = {"plain": 1.0}
-    for name, arm in arms.items():
-        widths = {k: n for k, n in arm["steps_by_width"].items() if k}
-        if not arm["num_drafts"]:
-            found[name] = 1.0
-            continue
-        usual = sum(n * lengths[k] for k, n in widths.items()) / sum(widths.values())
-        drafted = arm["num_drafts"] + arm["num_accepted_tokens"]  # tokens of steps that verified a draft
-        actual = drafted / arm["num_drafts"]
-        found[name] = 1 / (1 + drafted / load["work"][name]["num_tokens"][-1] * (usual / actual - 1))
-    return found
-
-
-def without_luck(load: dict[str, Any], arm: str) -> float:
-    """``arm`` over the best fixed one, each at the acceptance of all."""
-    speeds = {name: speed(load, name) / factor for name, factor in luck(load).items()}
-    return speeds[arm] / max(value for name, value in speeds.items() if name != arm)
-
-
 def best_table(max_num_seqs: int) -> str:
     """vLLM's table with the fixed K (0: plain) that was fastest at each greedy load."""
     rows, first = [], 1
@@ -205,7 +176,7 @@ def by_life(lives: Sequence[dict[str, Any]], arm: str, other: str) -> list[float
 
 def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Points, and the policy's ratios."""
-    points, found = [], {key: {} for key in ("trained", "trained_held_out", "trained_without_luck", "random")}
+    points, found = [], {key: {} for key in ("trained", "trained_held_out", "random")}
     for lives in lives_of_loads():
         load = joined(lives)
         points += [point(load, name) for name in load["work"]]
@@ -214,7 +185,6 @@ def steady() -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "against": best, "ratio": ratio(load, "auto", best), "by_life": by_life(lives, "auto", best),
         }  # fmt: skip
         found["trained_held_out"][label] = {"ratio": [held_out(load, "auto")]}
-        found["trained_without_luck"][label] = {"ratio": [without_luck(load, "auto")]}
         found["random"][label] = {
             "against": "plain", "ratio": ratio(load, "random", "plain"), "by_life": by_life(lives, "random", "plain"),
         }  # fmt: skip

@@ -20,5 +20,8 @@ def alternating(vllm_config: Any, **kwargs: Any) -> Any:
         def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
             return next(widths)
 
+        def threshold(self, batch: int) -> float | None:
+            return None  # every draft is verified: what is accepted is to be compared
+
     scheduler.specdec.policy = ByTheClock(scheduler.num_spec_tokens)
     return scheduler

@@ -135,20 +135,6 @@ def test_an_arm_that_was_lucky_in_one_half_is_not_the_best_of_the_other(work):
     assert never_slower.held_out(load, "auto") == pytest.approx(5 / 4)
 
 
-def test_what_is_only_luck_of_the_answers_counts_for_nothing(work):
-    """Steps of two arms take the same time; one has more drafts accepted, of the same head and requests."""
-    write_load(0.6, 1, {"plain": 10.0, "k1": 18.0, "auto": 16.0})
-    load = json.loads(steady.load_path(1, 0.6).read_text())
-    for name, num_accepted in (("k1", 80), ("auto", 60)):
-        totals = FIGURES | {"num_accepted_tokens": num_accepted, "accepted_per_position": [num_accepted]}
-        work_of = {"num_tokens": [0, 100 + num_accepted], "seconds": [0.0, 10.0], "after": after(totals)}
-        load["work"][name] |= work_of
-    assert never_slower.ratio(load, "auto", "k1")[0] == pytest.approx(16 / 18)
-    assert never_slower.without_luck(load, "auto") == pytest.approx(1.0)
-    load["work"]["auto"]["seconds"][-1] = 12.5  # but slower steps do
-    assert never_slower.without_luck(load, "auto") == pytest.approx(0.8)
-
-
 def test_the_tuned_table_takes_the_fastest_width_of_each_greedy_load(work):
     write_load(0.0, 1, ARMS)
     write_load(0.0, 4, {**ARMS, "k3": 40.0})
