@@ -17,6 +17,7 @@ from serving.acceptance import Counts
 VERIFYING = 0.95  # of the price, which is saved where a token is not verified (measured, ``experiments/LOG.md``)
 WORTH = 0.75  # of the price: the head's probability of a token that just pays (likewise)
 CUT_DOUBT = 0.1  # standard deviation of the log of how long a step with cut drafts takes, by what whole ones did
+MOST_SAMPLED = 0.5  # a price above which drafts of sampled answers are verified whole: cutting gained nothing there
 LEAST = 0.1  # where hardly a token is less likely than the threshold, all are verified, and so all are counted
 WINDOW = 512.0  # drafts that the shares count
 PRIOR_DRAFTS = 4.0  # that the start, when all are kept, is worth at each position
@@ -49,11 +50,14 @@ class DraftCut:
         """Tokens that are kept of a draft of ``width``, in the mean."""
         return sum(hits / tries for hits, tries in zip(self.counts.hits[:width], self.counts.tries, strict=False))
 
-    def saved(self, size: int, num_cut: float) -> float:
+    def saved(self, size: int, num_cut: float, sampled: bool) -> float:
         """Plain steps that are saved where so many tokens a sequence are not verified at this batch size."""
-        return VERIFYING * self.prices[size] * num_cut if self.threshold(size) is not None else 0.0
+        return VERIFYING * self.prices[size] * num_cut if self.threshold(size, sampled) is not None else 0.0
 
-    def threshold(self, size: int) -> float | None:
-        """Probability below which a draft token is not verified; None where it is too low or not known: all are."""
-        threshold = WORTH * self.prices.get(size, 0.0)
-        return threshold if threshold >= LEAST else None
+    def threshold(self, size: int, sampled: bool) -> float | None:
+        """Probability below which a draft token is not verified; None where all are: it is too low, not known, or of no
+        use with answers that are ``sampled``."""
+        price = self.prices.get(size, 0.0)
+        if WORTH * price < LEAST or (sampled and price > MOST_SAMPLED):
+            return None
+        return WORTH * price

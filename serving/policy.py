@@ -154,7 +154,7 @@ class Policy:
             self._trial.num_timed += self._trial.width == num_draft_tokens
         times = self._times[sampled]
         if num_cut:
-            seconds += self.cut.saved(bucket(batch), num_cut) * (times.estimate(batch, 0) or 0.0)
+            seconds += self.cut.saved(bucket(batch), num_cut, sampled) * (times.estimate(batch, 0) or 0.0)
         times.observe(batch, num_draft_tokens, seconds)
 
     def threshold(self, batch: int) -> float | None:
@@ -171,9 +171,15 @@ class Policy:
                 seconds = times.estimates(size, self.max_draft_tokens)
                 plain, widest = seconds[0] or 0.0, seconds[-1] or 0.0
                 self.cut.prices[size] = (widest - plain) / plain / self.max_draft_tokens
-                for each in self._times.values():
-                    each.doubt_drafting(size, CUT_DOUBT)
-        return self.cut.threshold(size)
+                for kind, each in self._times.items():
+                    if self.cut.threshold(size, kind) is not None:
+                        each.doubt_drafting(size, CUT_DOUBT)
+        return self.cut.threshold(size, self._is_sampled)
+
+    @property
+    def _is_sampled(self) -> bool:
+        """The batch that was last asked about."""
+        return self.times is self._times[True]
 
     def choose(self, batch: int, sampled: bool = False, is_calibration: bool = False) -> int:
         """K for the next step at this batch size; called once a step.
@@ -260,12 +266,14 @@ class Policy:
         return [self.acceptance.expected_tokens(k) / each if each else None for k, each in enumerate(seconds)]
 
     def _seconds(self, batch: int) -> list[float | None]:
-        """Of a step of each K, by what is kept of its drafts; None where that is unknown."""
+        """Of a step of each K, by what is kept of its drafts and what plain decode gains once it lasts; None where that
+        is unknown."""
         seconds = self.times.estimates(batch, self.max_draft_tokens)
         plain, size = seconds[0] or 0.0, bucket(batch)
-        saved = [plain * self.cut.saved(size, k - self.cut.kept(k)) for k in range(len(seconds))]
+        saved = [plain * self.cut.saved(size, k - self.cut.kept(k), self._is_sampled) for k in range(len(seconds))]
         pairs = zip(seconds, saved, strict=True)
-        return [each if not each or not less else max(each - less, plain) for each, less in pairs]
+        found = [each if not each or not less else max(each - less, plain) for each, less in pairs]
+        return [found[0] and found[0] * (1 - self.settings.rest), *found[1:]]
 
     def _hoped_for(self, batch: int, goodputs: Sequence[float | None]) -> dict[int, float]:
         """Each other K's goodput, were it as good as it may be by what is known of it."""
@@ -321,7 +329,7 @@ class Policy:
                 self.times.borrow(self._times[self.times is self._times[False]], batch, self.max_draft_tokens)
             if self.times.num_observed(batch, width) >= 2:
                 continue
-            key = self.times is self._times[True], bucket(batch), width
+            key = self._is_sampled, bucket(batch), width
             next_step, interval = self._untimed.get(key, (0, self.settings.min_probe_steps))
             if self._num_steps >= next_step:
                 later = self._num_steps + interval, min(2 * interval, self.settings.max_probe_steps)

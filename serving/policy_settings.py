@@ -10,6 +10,8 @@ class PolicySettings:
     """The controller's constants. Steps are engine steps."""
 
     margin: float = 0.015  # a change must promise this much more goodput
+    rest: float = 0.015  # of a plain step, that is saved once plain decode lasts and no step's time tells: the head
+    # rests, of answers and of most of each prompt (``experiments/LOG.md``)
     look_steps: int = 4  # between two looks at what each K promises: they take longer than all else in a step
     dwell_steps: int = 16  # at least between two changes
     trial_steps: int = 6  # of a K whose time at this batch size is unknown

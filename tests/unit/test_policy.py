@@ -131,11 +131,24 @@ def test_greedy_and_sampled_loads_in_turn_each_keep_what_was_measured_of_them():
     assert sum(late) > 0.85 * len(late)
 
 
+@pytest.mark.parametrize("gain, best", [(0.0, 0), (0.06, 1)])
+def test_a_tie_goes_to_plain_decode(gain, best):
+    """Its head rests, which no step's time tells. ``gain``: of drafting one token, by what steps take."""
+    policy, chosen = Policy(1, (0.5,)), []
+    for i in range(600):
+        chosen.append(policy.choose(32))
+        if i and chosen[-2]:
+            policy.observe_drafts({(1, 1): 16, (1, 0): 16})
+        if i and chosen[-2] == chosen[-1]:
+            policy.observe_step(32, chosen[-1], 0.06 * (1.5 / (1 + gain) if chosen[-1] else 1.0))
+    assert chosen[100:].count(best) > 450
+
+
 @pytest.mark.parametrize("is_first_sampled", [False, True])
 @pytest.mark.parametrize("best", [0, K])
 def test_the_first_load_of_the_other_kind_starts_from_what_is_known_of_this_one(is_first_sampled, best):
     """Without a trial of its own."""
-    policy = Policy(K, GOOD)
+    policy = Policy(K, GOOD, PolicySettings(min_probe_steps=512))  # a probe would be a trial, too
     widths = {False: [], True: []}
     for sampled in [is_first_sampled] * 300 + [not is_first_sampled] * 12:
         width = policy.choose(1, sampled)
